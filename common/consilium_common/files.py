@@ -1,0 +1,62 @@
+"""Files that survive a crash: private folders, atomic durable writes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from consilium_common.errors import ConsiliumError
+
+
+def private_folder(path: Path) -> Path:
+    """Create ``path`` (and parents) readable by its owner alone (0700) and return it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.chmod(0o700)
+    except OSError as error:
+        raise ConsiliumError(
+            "state.folder",
+            f"Cannot use the folder: {error.strerror or error}.",
+            where=str(path),
+            hint="Choose a folder that you own, on a disk that is writable.",
+        ) from error
+    return path
+
+
+def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``content`` durably: a reader or a crash sees all of it or the old file.
+
+    Raises
+    ------
+    ConsiliumError
+        ``state.disk`` when the disk is full or the folder cannot be written; the old file stays.
+    """
+    temporary = ""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as stream:
+            os.fchmod(stream.fileno(), mode)
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise ConsiliumError(
+            "state.disk",
+            f"Cannot write the file: {error.strerror or error}.",
+            where=str(path),
+            hint="Free space on the disk or check its permissions; nothing was lost.",
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` durable (POSIX needs an fsync of the folder itself)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,233 @@
+"""The study's schema: strict pydantic models whose canonical JSON is hashed and signed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from consilium_common.canonical import digest
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
+#: Arguments of registered networks and the like: literals only, validated by their registry.
+Literals = dict[str, Any]
+
+
+class Model(BaseModel):
+    """Frozen, and a misspelt key is an error rather than a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Task(Model):
+    """What is predicted from what."""
+
+    kind: Literal["segmentation", "classification"]
+    dimensions: Literal[2, 3]
+    #: Names of the input channels, in order; they match the site's manifest.
+    inputs: Annotated[list[Name], Field(min_length=1, max_length=16)]
+    #: Class names, in order. For segmentation the first is the background (label value 0).
+    classes: Annotated[list[Name], Field(min_length=2, max_length=256)]
+    #: Classification only: a case may have any number of the classes.
+    multi_label: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.multi_label and self.kind != "classification":
+            raise ValueError(
+                "multi_label is for classification; segmentation has one class a voxel"
+            )
+        for what, names in (("inputs", self.inputs), ("classes", self.classes)):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{what} has a name twice")
+        return self
+
+
+class Intensity(Model):
+    """How voxel values become network inputs: fixed numbers or per-image statistics."""
+
+    #: zscore and percentile use the image's own statistics; window uses fixed bounds (CT).
+    kind: Literal["zscore", "percentile", "window", "none"] = "zscore"
+    #: window: the bounds mapped to 0 and 1, in the image's unit (Hounsfield for CT).
+    low: float | None = None
+    high: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "window":
+            if self.low is None or self.high is None or self.low >= self.high:
+                raise ValueError("a window needs low < high")
+        elif self.low is not None or self.high is not None:
+            raise ValueError("low and high belong to kind: window")
+        return self
+
+
+class Preprocessing(Model):
+    """Deterministic steps, done once per case and cached at the site."""
+
+    #: Axis codes that volumes are brought to; 3D only.
+    orientation: Literal["RAS", "LPS", "none"] = "RAS"
+    #: Voxel size in millimetres, one per dimension; None keeps the image's own.
+    spacing: list[Annotated[float, Field(gt=0.05, le=50)]] | None = None
+    #: Fixed size in voxels (resize for classification, pad or crop for segmentation).
+    size: list[Annotated[int, Field(ge=8, le=1024)]] | None = None
+    intensity: Intensity = Intensity()
+
+
+class Network(Model):
+    """A network from the registry by name, with literal arguments."""
+
+    network: Name
+    arguments: Literals = {}
+
+
+class Optimiser(Model):
+    """Optimiser and its schedule over all steps of the study."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-5
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    schedule: Literal["constant", "cosine"] = "cosine"
+
+
+class Augmentation(Model):
+    """Random changes of the training images; each is off at 0."""
+
+    #: Probability of mirroring, per axis.
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.0
+    #: Probability of a rotation by a multiple of 90 degrees in the first two axes.
+    rotate90: Annotated[float, Field(ge=0, le=1)] = 0.0
+    #: Largest relative change of contrast (gain) and shift of brightness, in units of the
+    #: normalised intensity.
+    gain: Annotated[float, Field(ge=0, le=1)] = 0.0
+    shift: Annotated[float, Field(ge=0, le=1)] = 0.0
+    #: Standard deviation of added Gaussian noise, in the same units.
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Training(Model):
+    """Local training of one round at one site."""
+
+    loss: Literal["dice_ce", "cross_entropy", "focal", "bce"] = "dice_ce"
+    optimiser: Optimiser = Optimiser()
+    steps_per_round: Annotated[int, Field(ge=1, le=10_000)] = 20
+    #: Images (or patches) a step; with privacy the sampling rate decides instead.
+    batch_size: Annotated[int, Field(ge=1, le=256)] = 4
+    #: Patch size in voxels; None trains on whole (resized) images.
+    patch: list[Annotated[int, Field(ge=8, le=512)]] | None = None
+    #: With privacy: images or patches averaged into a patient's one gradient.
+    patches_per_patient: Annotated[int, Field(ge=1, le=64)] = 2
+    #: Share of patches centred on foreground, drawn class by class.
+    foreground_share: Annotated[float, Field(ge=0, le=1)] = 0.67
+    augmentation: Augmentation = Augmentation()
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    #: Seed of initial weights and of training order; never of privacy noise.
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+class NoPrivacy(Model):
+    """No differential privacy. Runs only where a site's policy permits it."""
+
+    mode: Literal["none"] = "none"
+
+
+class PatientPrivacy(Model):
+    """Patient-level DP-SGD: unit the patient, adjacency add or remove one."""
+
+    mode: Literal["patient"]
+    #: Who adds the noise; silo-local protects against the aggregator and the other sites too.
+    model: Literal["silo-local"] = "silo-local"
+    #: Probability q that a patient takes part in a step (Poisson), public.
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    #: L2 bound C of one patient's gradient.
+    clip_norm: Annotated[float, Field(gt=0, le=1e4)]
+    #: Standard deviation of the noise as a multiple of C. Give this or epsilon.
+    noise_multiplier: Annotated[float, Field(gt=0.2, le=1e4)] | None = None
+    #: Upper bound of ε over the whole study; the noise is calibrated to it (PLD).
+    epsilon: Annotated[float, Field(gt=0.01, le=100)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=0.1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.noise_multiplier is None) == (self.epsilon is None):
+            raise ValueError("give either noise_multiplier or epsilon, and not both")
+        return self
+
+
+class Federation(Model):
+    """Rounds over the sites."""
+
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = 20
+    #: Fewest sites whose update makes a round.
+    quorum: Annotated[int, Field(ge=1, le=10_000)] = 2
+    #: Seconds after which a round goes on without the late ones.
+    deadline_seconds: Annotated[float, Field(gt=0, le=7 * 24 * 3600)] = 1800
+    strategy: Literal["fedavg"] = "fedavg"
+    #: Public weights only: all sites alike, or by the cohort size each site declared.
+    weighting: Literal["uniform", "cohort"] = "cohort"
+
+
+class Evaluation(Model):
+    """Evaluation of the global model at the sites."""
+
+    #: Evaluate every so many rounds; the last round always is. 0: the last only.
+    every: Annotated[int, Field(ge=0)] = 0
+    #: Overlap of sliding windows, share of the patch.
+    overlap: Annotated[float, Field(ge=0, lt=0.95)] = 0.25
+    #: Exact figures leave the site only in a study without privacy, where policy permits it.
+    release: Literal["none", "exact"] = "none"
+
+
+class Study(Model):
+    """One study. Its digest is its identity: any change is another study."""
+
+    schema_: Annotated[Literal["consilium/study/v1"], Field(alias="schema")]
+    name: Name
+    title: Annotated[str, Field(max_length=200)] = ""
+    task: Task
+    preprocessing: Preprocessing = Preprocessing()
+    model: Network
+    training: Training = Training()
+    privacy: Annotated[NoPrivacy | PatientPrivacy, Field(discriminator="mode")]
+    federation: Federation = Federation()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        n = self.task.dimensions
+        for where, values in (
+            ("preprocessing.spacing", self.preprocessing.spacing),
+            ("preprocessing.size", self.preprocessing.size),
+            ("training.patch", self.training.patch),
+        ):
+            if values is not None and len(values) != n:
+                raise ValueError(f"{where} needs {n} numbers, one per dimension")
+        if self.task.kind == "classification":
+            if self.preprocessing.size is None:
+                raise ValueError("preprocessing.size is needed for classification")
+            if self.training.patch is not None:
+                raise ValueError("training.patch is for segmentation")
+            if self.training.loss == "dice_ce":
+                raise ValueError("training.loss dice_ce is for segmentation")
+        if self.training.loss == "bce" and not self.task.multi_label:
+            raise ValueError("training.loss bce is for multi_label classification")
+        if self.task.multi_label and self.training.loss not in ("bce", "focal"):
+            raise ValueError("multi_label needs training.loss bce or focal")
+        if self.privacy.mode == "patient" and self.evaluation.release == "exact":
+            raise ValueError("evaluation.release exact is not possible in a private study")
+        return self
+
+    def to_canonical(self) -> dict[str, Any]:
+        """Return the plain values that are hashed and signed, every default written out."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, 64 hexadecimal digits: the study's identity."""
+        return digest(self.to_canonical())
+
+    @property
+    def total_steps(self) -> int:
+        """Local steps over the whole study, at each site."""
+        return self.federation.rounds * self.training.steps_per_round

@@ -1,0 +1,1 @@
+"""The aggregator: registry, rounds, aggregation and the gateway that sites connect to."""
