@@ -34,9 +34,7 @@ class Task(Model):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.multi_label and self.kind != "classification":
-            raise ValueError(
-                "multi_label is for classification; segmentation has one class a voxel"
-            )
+            raise ValueError("multi_label is for classification only")
         for what, names in (("inputs", self.inputs), ("classes", self.classes)):
             if len(set(names)) != len(names):
                 raise ValueError(f"{what} has a name twice")

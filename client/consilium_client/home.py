@@ -1,0 +1,84 @@
+"""Where a site keeps its state: one private folder, every path named here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from consilium_common.errors import ConsiliumError
+from consilium_common.files import private_folder
+
+
+@dataclass(frozen=True)
+class SiteHome:
+    """The state folder of one site (mode 0700)."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> SiteHome:
+        """Create the folder where it is missing."""
+        return cls(private_folder(path.expanduser().resolve()))
+
+    @classmethod
+    def existing(cls, path: Path) -> SiteHome:
+        """Open a folder that `site join` or `site data import` has made."""
+        path = path.expanduser().resolve()
+        if not path.is_dir():
+            raise ConsiliumError(
+                "state.no-site",
+                "There is no site here.",
+                where=str(path),
+                hint="Give the site's folder with --home, or make one with `consilium site join`.",
+            )
+        return cls(path)
+
+    @property
+    def config(self) -> Path:
+        """``site.json``: name of the site, address of the aggregator, device, precision."""
+        return self.path / "site.json"
+
+    @property
+    def policy(self) -> Path:
+        """``policy.yaml``: budget per patient and what this site permits."""
+        return self.path / "policy.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        """``ledger.db``: the privacy ledger (SQLite)."""
+        return self.path / "ledger.db"
+
+    @property
+    def studies(self) -> Path:
+        """``studies.db``: proposals seen, approvals given, updates stored (SQLite)."""
+        return self.path / "studies.db"
+
+    @property
+    def identity(self) -> Path:
+        """Keys and certificates."""
+        return private_folder(self.path / "identity")
+
+    @property
+    def data(self) -> Path:
+        """``site.yaml``, ``cases.csv`` and the cache of pixels."""
+        return private_folder(self.path / "data")
+
+    @property
+    def releases(self) -> Path:
+        """Updates stored before they leave."""
+        return private_folder(self.path / "releases")
+
+    @property
+    def reports(self) -> Path:
+        """Evaluation figures and pictures; they stay at the site."""
+        return private_folder(self.path / "reports")
+
+    @property
+    def run(self) -> Path:
+        """Sockets, loopback certificates and status of running processes."""
+        return private_folder(self.path / "run")
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the site's processes."""
+        return private_folder(self.path / "logs")
