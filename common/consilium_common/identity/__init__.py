@@ -1,0 +1,1 @@
+"""Who is who: keys, certificates with roles, the consortium's authority, invitations."""

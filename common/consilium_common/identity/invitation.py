@@ -1,0 +1,86 @@
+"""The invitation file: authority, address and a short-lived certificate for one enrolment."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from consilium_common.errors import ConsiliumError
+from consilium_common.files import write_atomic
+from consilium_common.identity.certificates import check_issued, load_certificate
+
+
+class Invitation(BaseModel):
+    """All that a site needs for its first, already mutual, call. Secret until used."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_: Annotated[Literal["consilium/invitation/v1"], Field(alias="schema")]
+    consortium: str
+    address: Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")]
+    name: str
+    role: str
+    expires: datetime
+    authority_pem: str
+    certificate_pem: str
+    private_key_pem: str
+
+
+def write_invitation(path: Path, invitation: Invitation) -> None:
+    """Write the file with mode 0600; an existing file is not overwritten."""
+    if path.exists():
+        raise ConsiliumError(
+            "state.exists", "The file exists already.", where=str(path), hint="Choose another name."
+        )
+    write_atomic(path, invitation.model_dump_json(by_alias=True, indent=2).encode() + b"\n")
+
+
+def read_invitation(path: Path, *, now: datetime | None = None) -> Invitation:
+    """Read and check an invitation.
+
+    Raises
+    ------
+    ConsiliumError
+        ``identity.no-invitation``, ``identity.bad-invitation``, ``identity.invitation-expired``.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConsiliumError(
+            "identity.no-invitation",
+            f"Cannot read the invitation: {getattr(error, 'strerror', None) or 'not text'}.",
+            where=str(path),
+            hint="Give the file that the aggregator operator sent you.",
+        ) from error
+    try:
+        invitation = Invitation.model_validate(json.loads(content))
+        authority = load_certificate(invitation.authority_pem.encode())
+        certificate = load_certificate(invitation.certificate_pem.encode())
+        key = serialization.load_pem_private_key(invitation.private_key_pem.encode(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ValueError("not an elliptic-curve key")
+        if key.public_key() != certificate.public_key():
+            raise ValueError("key and certificate do not belong together")
+    except (ValidationError, ValueError, ConsiliumError) as error:
+        raise ConsiliumError(
+            "identity.bad-invitation",
+            "The invitation is damaged or not an invitation.",
+            where=str(path),
+            hint="Ask the aggregator operator to send it again, as a file.",
+        ) from error
+    if (now or datetime.now(UTC)) > invitation.expires:
+        raise ConsiliumError(
+            "identity.invitation-expired",
+            f"The invitation for {invitation.name!r} expired on {invitation.expires:%Y-%m-%d %H:%M}"
+            " UTC.",
+            where=str(path),
+            hint="Ask the aggregator operator for a new one (`consilium server invite`).",
+        )
+    check_issued(certificate, authority, now=now)
+    return invitation

@@ -1,0 +1,71 @@
+"""What is signed when somebody decides something: the same canonical bytes on both sides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
+from consilium_common.canonical import canonical_json
+from consilium_common.errors import ConsiliumError
+from consilium_common.identity.certificates import Role, check_issued, load_certificate
+from consilium_common.identity.keys import verify_signature
+
+
+def proposal_statement(digest: str, operator: str) -> dict[str, Any]:
+    """Return what an operator signs when proposing a study."""
+    return {"schema": "consilium/proposal/v1", "study": digest, "operator": operator}
+
+
+def approval_statement(
+    digest: str, site: str, decision: str, cohort_size: int, why: str
+) -> dict[str, Any]:
+    """Return what a site signs when it decides about a study."""
+    return {
+        "schema": "consilium/approval/v1",
+        "study": digest,
+        "site": site,
+        "decision": decision,
+        "cohort_size": cohort_size,
+        "why": why,
+    }
+
+
+def sign(key: ed25519.Ed25519PrivateKey, statement: dict[str, Any]) -> str:
+    """Return the Ed25519 signature of the statement's canonical JSON, hexadecimal."""
+    return key.sign(canonical_json(statement)).hex()
+
+
+def check_signed(
+    statement: dict[str, Any],
+    signature: str,
+    signer_pem: str,
+    authority: x509.Certificate,
+    *,
+    name: str,
+) -> None:
+    """Check that ``name`` of this consortium signed the statement.
+
+    Raises
+    ------
+    ConsiliumError
+        ``identity.bad-signature``, or what :func:`check_issued` raises for the signer.
+    """
+    signer = check_issued(load_certificate(signer_pem.encode()), authority)
+    key = signer.public_key
+    try:
+        content = bytes.fromhex(signature)
+    except ValueError:
+        content = b""
+    if (
+        signer.role is not Role.SIGNER
+        or signer.name != name
+        or not isinstance(key, ed25519.Ed25519PublicKey)
+        or not verify_signature(key, content, canonical_json(statement))
+    ):
+        raise ConsiliumError(
+            "identity.bad-signature",
+            f"The statement was not signed by {name!r}.",
+            hint="Do not trust it; ask the person who is said to have made it.",
+        )

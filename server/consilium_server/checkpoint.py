@@ -1,0 +1,42 @@
+"""The state after a round, in one file that is replaced atomically."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilium_common.files import write_atomic
+from consilium_common.models.weights import pack, unpack
+
+#: Rides in the same file as the weights, so that round and model can never disagree.
+_ROUND = "consilium.rounds_done"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model and the number of rounds that made it."""
+
+    rounds_done: int
+    weights: dict[str, NDArray[np.float32]]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write ``checkpoint.safetensors`` durably."""
+    rounds = np.array([checkpoint.rounds_done], dtype=np.int64)
+    write_atomic(_path(folder), pack({**checkpoint.weights, _ROUND: rounds}))
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """Read the last checkpoint; None before the first round."""
+    if not _path(folder).exists():
+        return None
+    tensors = unpack(_path(folder).read_bytes())
+    rounds = int(tensors.pop(_ROUND)[0])
+    return Checkpoint(rounds, tensors)
+
+
+def _path(folder: Path) -> Path:
+    return folder / "checkpoint.safetensors"

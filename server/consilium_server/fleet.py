@@ -1,0 +1,105 @@
+"""Forwards Fleet calls to the SuperLink on loopback: raw bytes, one call's worth of memory.
+
+PullMessages is held open until there is a message, so that an idle SuperNode never sleeps while a
+round waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from consilium_common.errors import ConsiliumError
+from consilium_common.wire.methods import FLEET_HEADER_PREFIX, FLEET_PATHS, PROTOBUF_MEDIA_TYPE
+from consilium_server.flower_private import has_message
+
+#: Shorter than the 30 s after which a SuperNode gives a call up.
+HOLD_SECONDS: Final = 24.0
+#: Asks again this often without a kick, in case one was missed.
+_SAFETY_SECONDS: Final = 3.0
+_KICK_POLL_SECONDS: Final = 0.03
+
+Headers = list[tuple[str, str]]
+
+
+class FleetForwarder:
+    """The gateway's hop to the SuperLink.
+
+    Parameters
+    ----------
+    base_url : str
+        ``https://127.0.0.1:port``.
+    certificate : Path
+        The SuperLink's loopback certificate, trusted for this hop alone.
+    kick : Path
+        File that is touched when messages wait.
+    """
+
+    def __init__(self, base_url: str, certificate: Path, kick: Path) -> None:
+        context = ssl.create_default_context(cafile=str(certificate))
+        self._client = httpx.AsyncClient(
+            base_url=base_url,
+            verify=context,
+            timeout=httpx.Timeout(60.0, connect=5.0),
+            limits=httpx.Limits(max_connections=256, max_keepalive_connections=64),
+            trust_env=False,
+        )
+        self._kick = kick
+
+    async def forward(self, call: str, body: bytes, headers: Headers) -> tuple[int, bytes]:
+        """Return the SuperLink's HTTP status and body for one call.
+
+        Raises
+        ------
+        ConsiliumError
+            ``network.superlink`` while the SuperLink is away; the site's side tries again.
+        """
+        try:
+            response = await self._client.post(
+                f"/v1/fleet/{FLEET_PATHS[call]}",
+                content=body,
+                headers={
+                    **{k: v for k, v in headers if k.startswith(FLEET_HEADER_PREFIX)},
+                    "content-type": PROTOBUF_MEDIA_TYPE,
+                    "accept": PROTOBUF_MEDIA_TYPE,
+                },
+            )
+        except httpx.HTTPError as error:
+            raise ConsiliumError(
+                "network.superlink", "The aggregator's Flower process is starting; try again."
+            ) from error
+        return response.status_code, response.content
+
+    async def pull(
+        self, body: bytes, headers: Headers, still_admitted: Callable[[], object]
+    ) -> tuple[int, bytes]:
+        """Forward PullMessages, and again whenever messages may have come, until one has.
+
+        ``still_admitted`` raises when the caller was revoked meanwhile.
+        """
+        end = time.monotonic() + HOLD_SECONDS
+        while True:
+            seen = self._kicked_at()
+            status, content = await self.forward("PullMessages", body, headers)
+            if status != httpx.codes.OK or has_message(content) or time.monotonic() > end:
+                return status, content
+            ask_again = min(time.monotonic() + _SAFETY_SECONDS, end)
+            while time.monotonic() < ask_again and self._kicked_at() == seen:
+                await asyncio.sleep(_KICK_POLL_SECONDS)
+            still_admitted()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    def _kicked_at(self) -> int:
+        try:
+            return self._kick.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
