@@ -1,0 +1,241 @@
+"""Builds MONAI's networks from checked arguments. Imports torch: import it only to build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from monai.networks.blocks import Convolution, ResidualUnit
+from monai.networks.nets import DenseNet, DynUNet, ResNet, SegResNet, UNet
+from torch import nn
+
+from consilium_common.models.arguments import (
+    DenseNet121Arguments,
+    DynUNetArguments,
+    NetworkArguments,
+    ResNetArguments,
+    SegResNetArguments,
+    UNetArguments,
+)
+
+
+def norm_of(arguments: NetworkArguments) -> tuple[str, dict[str, Any]]:
+    """Return the normalisation as MONAI's layer factory takes it."""
+    if arguments.norm == "group":
+        return "group", {"num_groups": arguments.groups, "affine": True}
+    return "instance", {"affine": True}
+
+
+def act_of(name: str) -> tuple[str, dict[str, Any]]:
+    """Return a named activation; those that could change their input in place do not.
+
+    In-place operations break engines that keep what entered a layer.
+    """
+    if name == "leakyrelu":
+        return name, {"inplace": False, "negative_slope": 0.01}
+    if name in ("relu", "elu"):
+        return name, {"inplace": False}
+    return name, {}
+
+
+class _UNet(UNet):  # type: ignore[misc]
+    """UNet whose last step up normalises nothing.
+
+    MONAI's own, with residual units, normalises the output logits of each image, which ruins
+    learning. Without residual units the two are the same network.
+    """
+
+    def _get_up_layer(
+        self, in_channels: int, out_channels: int, strides: Any, is_top: bool
+    ) -> nn.Module:
+        if not is_top or self.num_res_units == 0:
+            return super()._get_up_layer(in_channels, out_channels, strides, is_top)
+        up = Convolution(
+            self.dimensions,
+            in_channels,
+            out_channels,
+            strides=strides,
+            kernel_size=self.up_kernel_size,
+            conv_only=True,
+            is_transposed=True,
+        )
+        unit = ResidualUnit(
+            self.dimensions,
+            out_channels,
+            out_channels,
+            strides=1,
+            kernel_size=self.kernel_size,
+            subunits=1,
+            last_conv_only=True,
+        )
+        return nn.Sequential(up, unit)
+
+
+class _DynUNet(DynUNet):  # type: ignore[misc]
+    """DynUNet that holds every layer once.
+
+    MONAI's own holds them a second time in ``skip_layers``, so that each tensor has two names.
+    What is computed is the same.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        del self.skip_layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.input_block(x)
+        skips = [x]
+        for down in self.downsamples:
+            x = down(x)
+            skips.append(x)
+        x = self.bottleneck(x)
+        for up, skip in zip(self.upsamples, reversed(skips), strict=True):
+            x = up(x, skip)
+        return self.output_block(x)
+
+
+def _sizes(values: list[Any]) -> list[Any]:
+    return [tuple(value) if isinstance(value, list) else value for value in values]
+
+
+def _unet(a: UNetArguments, dimensions: int, inputs: int, outputs: int) -> nn.Module:
+    return _UNet(
+        spatial_dims=dimensions,
+        in_channels=inputs,
+        out_channels=outputs,
+        channels=tuple(a.channels),
+        strides=tuple(_sizes(a.stride_list())),
+        kernel_size=_sizes([a.kernel_size])[0],
+        up_kernel_size=_sizes([a.up_kernel_size])[0],
+        num_res_units=a.num_res_units,
+        act=act_of(a.act),
+        norm=norm_of(a),
+        dropout=a.dropout,
+    )
+
+
+def _dynunet(a: DynUNetArguments, dimensions: int, inputs: int, outputs: int) -> nn.Module:
+    strides = _sizes(a.stride_list())
+    return _DynUNet(
+        spatial_dims=dimensions,
+        in_channels=inputs,
+        out_channels=outputs,
+        kernel_size=_sizes(a.kernel_list()),
+        strides=strides,
+        upsample_kernel_size=strides[1:],
+        filters=list(a.filters),
+        dropout=a.dropout or None,
+        norm_name=norm_of(a),
+        act_name=act_of(a.act),
+        res_block=a.res_block,
+    )
+
+
+def _segresnet(a: SegResNetArguments, dimensions: int, inputs: int, outputs: int) -> nn.Module:
+    return SegResNet(
+        spatial_dims=dimensions,
+        in_channels=inputs,
+        out_channels=outputs,
+        init_filters=a.init_filters,
+        blocks_down=tuple(a.blocks_down),
+        blocks_up=tuple(a.up_list()),
+        upsample_mode=a.upsample_mode,
+        act=act_of(a.act),
+        norm=norm_of(a),
+        dropout_prob=a.dropout_prob or None,
+    )
+
+
+def _densenet121(a: DenseNet121Arguments, dimensions: int, inputs: int, outputs: int) -> nn.Module:
+    return DenseNet(
+        spatial_dims=dimensions,
+        in_channels=inputs,
+        out_channels=outputs,
+        init_features=a.init_features,
+        growth_rate=a.growth_rate,
+        block_config=a.LAYERS,
+        bn_size=a.bn_size,
+        act=act_of(a.act),
+        norm=norm_of(a),
+        dropout_prob=a.dropout_prob,
+    )
+
+
+def _resnet(layers: list[int]) -> Callable[[ResNetArguments, int, int, int], nn.Module]:
+    def build(a: ResNetArguments, dimensions: int, inputs: int, outputs: int) -> nn.Module:
+        return ResNet(
+            block="basic",
+            layers=layers,
+            block_inplanes=list(a.block_inplanes),
+            spatial_dims=dimensions,
+            n_input_channels=inputs,
+            num_classes=outputs,
+            conv1_t_size=_sizes([a.conv1_t_size])[0],
+            conv1_t_stride=_sizes([a.conv1_t_stride])[0],
+            no_max_pool=a.no_max_pool,
+            act=act_of(a.act),
+            norm=norm_of(a),
+        )
+
+    return build
+
+
+BUILDERS: dict[str, Callable[[Any, int, int, int], nn.Module]] = {
+    "unet": _unet,
+    "dynunet": _dynunet,
+    "segresnet": _segresnet,
+    "densenet121": _densenet121,
+    "resnet10": _resnet([1, 1, 1, 1]),
+    "resnet18": _resnet([2, 2, 2, 2]),
+}
+
+
+def build(
+    name: str, arguments: NetworkArguments, *, dimensions: int, inputs: int, outputs: int
+) -> nn.Module:
+    """Build a registered network.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`BUILDERS`.
+    arguments : NetworkArguments
+        Checked by :func:`consilium_common.models.registry.validate_network`.
+    dimensions : int
+        2 or 3.
+    inputs, outputs : int
+        Channels of the image; classes.
+
+    Returns
+    -------
+    torch.nn.Module
+        Takes ``(N, inputs, *size)``; gives logits ``(N, outputs, *size)`` for segmentation,
+        ``(N, outputs)`` for classification. No batch norm, nothing in place.
+    """
+    network = BUILDERS[name](arguments, dimensions, inputs, outputs)
+    replace_batch_norm(network, arguments)
+    for module in network.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # layers that MONAI gives no argument for
+    return network
+
+
+def replace_batch_norm(network: nn.Module, arguments: NetworkArguments) -> None:
+    """Replace every batch norm that MONAI left by the normalisation asked for, in place.
+
+    ResNet of MONAI 1.6 hands ``norm`` to its first layer only: resnet18 keeps 19 of 20.
+    """
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.modules.batchnorm._BatchNorm):
+                continue
+            channels = child.num_features
+            norm: nn.Module
+            if arguments.norm == "group":
+                norm = nn.GroupNorm(arguments.groups, channels)
+            else:
+                three = isinstance(child, nn.BatchNorm3d)
+                kind = nn.InstanceNorm3d if three else nn.InstanceNorm2d
+                norm = kind(channels, affine=True)
+            setattr(parent, name, norm)
