@@ -25,7 +25,8 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint.safetensors`` durably."""
-    rounds = np.array([checkpoint.rounds_done], dtype=np.int64)
+    # float32 as every packed tensor: exact for up to 16 million rounds.
+    rounds = np.array([checkpoint.rounds_done], dtype=np.float32)
     write_atomic(_path(folder), pack({**checkpoint.weights, _ROUND: rounds}))
 
 

@@ -42,9 +42,13 @@ class Control:
 
     def __init__(self, address: str, certificate: Path) -> None:
         from flwr.supercore.control.control_http_client import ControlHttpClient
+        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
         self._client = ControlHttpClient.from_server_address(
-            address, insecure=False, root_certificates=str(certificate)
+            address,
+            insecure=False,
+            root_certificates=str(certificate),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="consilium")],
         )
 
     def register_node(self, public_key_pem: bytes, name: str) -> int:

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
-
-import grpc
+from typing import Any
 
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
@@ -27,16 +24,12 @@ from consilium_common.wire.methods import (
     SERVICE_ROLES,
     fleet_method,
 )
+from consilium_common.wire.tls13 import grpc
 from consilium_server.fleet import FleetForwarder
 from consilium_server.flower_private import claimed_node, node_key_bytes, public_key_header
 from consilium_server.peers import Doorkeeper, Peer
 
 _log = logging.getLogger(__name__)
-
-#: gRPC offers no way to ask for TLS 1.3 alone. Our keys are elliptic-curve keys, and these TLS 1.2
-#: suites all need an RSA key: a TLS 1.2 handshake finds nothing in common and fails, while TLS 1.3,
-#: whose suites are not configured here, goes on. A test holds this.
-_TLS12_SUITES_WE_CANNOT_SERVE: Final = "ECDHE-RSA-AES256-GCM-SHA384"
 
 Service = Callable[[Peer, dict[str, Any]], Awaitable[Any]]
 _Handler = Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]
@@ -63,7 +56,6 @@ class Gateway:
 
     async def start(self, host: str, port: int, identity: Path) -> None:
         """Listen on ``host:port`` with the server certificate in ``identity``."""
-        os.environ["GRPC_SSL_CIPHER_SUITES"] = _TLS12_SUITES_WE_CANNOT_SERVE
         credentials = grpc.ssl_server_credentials(
             [((identity / "server-key.pem").read_bytes(), (identity / "server.pem").read_bytes())],
             root_certificates=(identity / "authority.pem").read_bytes(),

@@ -9,6 +9,9 @@ from pathlib import Path
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import private_folder, write_atomic
 
+#: Names the aggregator's state folder: for commands without --home, and for our own children.
+HOME_VARIABLE = "CONSILIUM_SERVER_HOME"
+
 
 @dataclass(frozen=True)
 class ServerConfig:

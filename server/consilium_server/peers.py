@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import grpc
 from cryptography import x509
 
 from consilium_common.errors import ConsiliumError
@@ -15,6 +14,7 @@ from consilium_common.identity.certificates import (
     check_issued,
     load_certificate,
 )
+from consilium_common.wire.tls13 import grpc
 from consilium_server.registry import InvitationRow, Member, Registry
 
 

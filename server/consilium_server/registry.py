@@ -15,7 +15,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from consilium_common.errors import ConsiliumError
 from consilium_common.study import Study
 
-
 #: A site whose link has been silent this long counts as offline.
 ONLINE_SECONDS = 12.0
 

@@ -19,9 +19,11 @@ from consilium_common.identity.certificates import check_issued, load_certificat
 class Invitation(BaseModel):
     """All that a site needs for its first, already mutual, call. Secret until used."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    schema_: Annotated[Literal["consilium/invitation/v1"], Field(alias="schema")]
+    schema_: Annotated[Literal["consilium/invitation/v1"], Field(alias="schema")] = (
+        "consilium/invitation/v1"
+    )
     consortium: str
     address: Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")]
     name: str

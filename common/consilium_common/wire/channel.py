@@ -12,12 +12,11 @@ import ssl
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.certificates import SERVER_NAME
 from consilium_common.wire.methods import ERROR_KEY, MAX_MESSAGE_BYTES
+from consilium_common.wire.tls13 import grpc
 
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

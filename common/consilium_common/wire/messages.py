@@ -64,9 +64,14 @@ def to_site(instructions: Instructions, weights: bytes) -> RecordDict:
 
 def from_server(content: RecordDict) -> tuple[Instructions, bytes]:
     """Read a message from the aggregator, or raise ``run.bad-message``."""
+    return instructions_of(content), weights_of(content)
+
+
+def instructions_of(content: RecordDict) -> Instructions:
+    """Return what a message asks for, or raise ``run.bad-message``."""
     try:
         record = content.config_records[INSTRUCTIONS]
-        instructions = Instructions(
+        return Instructions(
             study=_typed(record["study"], str),
             round_index=_typed(record["round"], int),
             cohort_size=_typed(record["cohort_size"], int),
@@ -76,7 +81,6 @@ def from_server(content: RecordDict) -> tuple[Instructions, bytes]:
         raise ConsiliumError(
             "run.bad-message", "The aggregator's message has no valid instructions."
         ) from error
-    return instructions, weights_of(content)
 
 
 def to_server(weights: bytes | None, figures: dict[str, float] | None) -> RecordDict:

@@ -1,0 +1,166 @@
+"""`consilium study`: check, propose, run and watch studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from consilium_common.console import command, result
+from consilium_common.wire import methods
+from consilium_server.cli import DEFAULT_HOME, Home
+from consilium_server.home import ServerHome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, help="Propose, run and watch studies.")
+
+File = Annotated[Path, typer.Argument(help="The study's YAML file.", metavar="FILE")]
+Which = Annotated[str, typer.Argument(help="Name, or the first digits of the digest.")]
+
+
+@app.command()
+@command
+def check(file: File) -> None:
+    """Check a study file and say in words what it does, what leaves a site and what it costs."""
+    from consilium_common.study.check import check as check_file
+
+    checked = check_file(file)
+    result(checked.data, "\n".join(checked.lines))
+
+
+@app.command()
+@command
+def examples(
+    out: Annotated[Path | None, typer.Option(help="Folder to copy them to.")] = None,
+) -> None:
+    """List the studies that come with consilium, or copy them."""
+    from consilium_common.study.examples import example_files
+
+    files = example_files()
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in files:
+            (out / path.name).write_bytes(path.read_bytes())
+    result(
+        {"examples": [path.stem for path in files], "copied_to": str(out) if out else None},
+        "\n".join(path.stem for path in files) + (f"\ncopied to {out}" if out else ""),
+    )
+
+
+@app.command()
+@command
+def propose(file: File, home: Home = DEFAULT_HOME) -> None:
+    """Sign a study and propose it to all sites."""
+    from consilium_common.study.check import check as check_file
+    from consilium_common.study.load import load_study
+    from consilium_common.wire.statements import proposal_statement
+    from consilium_server.members import OPERATOR_NAME, operator_caller, operator_signature
+
+    server = ServerHome.existing(home)
+    check_file(file)
+    study = load_study(file)
+    signature = operator_signature(server, proposal_statement(study.digest, OPERATOR_NAME))
+    with operator_caller(server) as caller:
+        answer = caller.call(
+            methods.OPERATOR_PROPOSE, {"canonical": study.to_canonical(), "signature": signature}
+        )
+    known = " (it was proposed before)" if answer["known"] else ""
+    result(
+        answer,
+        f"Proposed {study.name}, digest {study.digest[:12]}{known}.\n"
+        "Sites see it with `consilium site studies` and decide with `consilium site approve`.",
+    )
+
+
+@app.command("list")
+@command
+def list_studies(home: Home = DEFAULT_HOME) -> None:
+    """List studies and where they stand."""
+    data = _call(home, methods.OPERATOR_STUDIES, {})
+
+    def people(console: Console) -> None:
+        from rich.table import Table
+
+        table = Table("study", "digest", "state", "rounds", "approved by", "reason")
+        for row in data["studies"]:
+            table.add_row(
+                row["name"],
+                row["digest"][:12],
+                row["state"],
+                f"{row['rounds_done']}/{row['rounds']}",
+                str(row["approved"]),
+                row["reason"],
+            )
+        console.print(table)
+
+    result(data, people)
+
+
+@app.command()
+@command
+def show(study: Which, home: Home = DEFAULT_HOME) -> None:
+    """Show a study: approvals, rounds, sites, ε."""
+    data = _call(home, methods.OPERATOR_SHOW, {"digest": study})
+
+    def people(console: Console) -> None:
+        from consilium_server.watching import study_view
+
+        console.print(study_view(data))
+
+    result(data, people)
+
+
+@app.command()
+@command
+def run(
+    study: Which,
+    home: Home = DEFAULT_HOME,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay and watch it.")] = False,
+) -> None:
+    """Start an approved study, or go on with one that stopped, from its last round."""
+    data = _call(home, methods.OPERATOR_RUN, {"digest": study})
+    if watch:
+        _watch(home, data["digest"])
+    else:
+        result(data, f"Running. Watch it with `consilium study watch {data['digest'][:12]}`.")
+
+
+@app.command()
+@command
+def watch(study: Which, home: Home = DEFAULT_HOME) -> None:
+    """Watch a study live until it ends; ends with an error status when the study does."""
+    _watch(home, study)
+
+
+@app.command()
+@command
+def stop(study: Which, home: Home = DEFAULT_HOME) -> None:
+    """Stop a running study; finished rounds are kept and it can be run on."""
+    data = _call(home, methods.OPERATOR_STOP, {"digest": study})
+    result(data, "Stopped. Go on with `consilium study run`.")
+
+
+def _call(home: Path, method: str, request: dict[str, Any]) -> Any:
+    from consilium_server.members import operator_caller
+
+    with operator_caller(ServerHome.existing(home)) as caller:
+        return caller.call(method, request)
+
+
+def _watch(home: Path, study: str) -> None:
+    from consilium_common.errors import ConsiliumError
+    from consilium_server.members import operator_caller
+    from consilium_server.watching import follow
+
+    with operator_caller(ServerHome.existing(home)) as caller:
+        data = follow(lambda: caller.call(methods.OPERATOR_SHOW, {"digest": study}))
+    if data["state"] != "finished":
+        raise ConsiliumError(
+            "run.failed" if data["state"] == "failed" else "run.stopped",
+            f"The study {data['name']} {data['state']}: {data['reason']}",
+            hint="Mend the cause, then go on with `consilium study run`; no round is lost.",
+        )
+    result(data, f"{data['name']} finished after {len(data['rounds'])} rounds.")

@@ -1,0 +1,121 @@
+"""A study as a person watches it: approvals, sites, rounds, ε, live on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+from consilium_common.console import MODE, err, note
+from consilium_common.errors import ConsiliumError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_POLL_SECONDS: Final = 0.5
+_ENDED: Final = frozenset({"finished", "failed", "stopped"})
+#: An aggregator that restarts is away for seconds; watching survives that.
+_PATIENCE_SECONDS: Final = 60.0
+
+
+def follow(fetch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Show the study live until it has ended; returns its last state.
+
+    ``fetch`` returns the study as `study show --json` does; it may fail for up to a minute.
+    """
+    from rich.live import Live
+
+    console = err()
+    seen = -1
+    with ExitStack() as stack:
+        live: Live | None = None
+        if console.is_terminal and not MODE.json:
+            live = stack.enter_context(Live(console=console, auto_refresh=False))
+        while True:
+            data = _fetch_patiently(fetch)
+            if live is not None:
+                live.update(study_view(data), refresh=True)
+            elif len(data["rounds"]) != seen:
+                seen = len(data["rounds"])
+                note(one_line(data))
+            if data["state"] in _ENDED:
+                return data
+            time.sleep(_POLL_SECONDS)
+
+
+def one_line(data: dict[str, Any]) -> str:
+    """Return where a study stands in one line, for logs and pipes."""
+    rounds = data["rounds"]
+    line = f"{data['name']}: {data['state']}, round {len(rounds)}/{data['rounds_planned']}"
+    if rounds:
+        last = rounds[-1]
+        line += f", {last['seconds']:.1f} s, sites {', '.join(last['sites'])}"
+        if last["loss"] is not None:
+            line += f", loss {last['loss']:.4f}"
+        epsilon = last["metrics"].get("epsilon") or {}
+        if any(epsilon.values()):
+            line += ", ε " + ", ".join(f"{site} {value:.2f}" for site, value in epsilon.items())
+        for site, why in last["dropped"].items():
+            line += f"; {site} left out: {why}"
+    return line
+
+
+def study_view(data: dict[str, Any]) -> RenderableType:
+    """Return the study as a panel of tables."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    rounds = data["rounds"]
+    epsilon = (rounds[-1]["metrics"].get("epsilon") if rounds else None) or {}
+    progress = {row["site"]: row for row in data["progress"]}
+    sites = Table("site", "decision", "cohort", "online", "now", "ε spent", box=None)
+    for approval in data["approvals"]:
+        name = approval["site"]
+        sites.add_row(
+            name,
+            approval["decision"],
+            str(approval["cohort_size"]),
+            "yes" if approval["online"] else "no",
+            _phase(progress.get(name)),
+            f"{epsilon[name]:.3f}" if epsilon.get(name) else "–",
+        )
+    parts: list[RenderableType] = [sites]
+    if rounds:
+        table = Table("round", "seconds", "sites", "loss", "left out", box=None)
+        for row in rounds[-8:]:
+            table.add_row(
+                str(row["number"] + 1),
+                f"{row['seconds']:.1f}",
+                str(len(row["sites"])),
+                "–" if row["loss"] is None else f"{row['loss']:.4f}",
+                "; ".join(f"{s}: {why}" for s, why in row["dropped"].items()),
+            )
+        parts += [Text(), table]
+    parts += [
+        Text(),
+        ProgressBar(total=data["rounds_planned"], completed=len(rounds), width=60),
+        Text(f"round {len(rounds)} of {data['rounds_planned']} · {data['state']} {data['reason']}"),
+    ]
+    return Panel(Group(*parts), title=f"{data['name']} · {data['digest'][:12]}", title_align="left")
+
+
+def _phase(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    steps = f" {row['step']}/{row['steps']}" if row["steps"] else ""
+    return f"{row['phase']}{steps}"
+
+
+def _fetch_patiently(fetch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return fetch()
+        except ConsiliumError as error:
+            if not error.code.startswith("network.") or time.monotonic() > end:
+                raise
+            time.sleep(_POLL_SECONDS)
