@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import private_folder
+
+#: Names the site's state folder: for commands without --home, and for our own children.
+HOME_VARIABLE = "CONSILIUM_SITE_HOME"
 
 
 @dataclass(frozen=True)
@@ -82,3 +87,12 @@ class SiteHome:
     def logs(self) -> Path:
         """Logs of the site's processes."""
         return private_folder(self.path / "logs")
+
+    @property
+    def wake_socket(self) -> Path:
+        """Socket on which the executor hears that a message has arrived.
+
+        A socket's path may have at most 107 bytes, so it does not lie in the state folder.
+        """
+        name = hashlib.sha256(str(self.path).encode()).hexdigest()[:16]
+        return private_folder(Path(tempfile.gettempdir()) / f"consilium-{name}") / "wake"

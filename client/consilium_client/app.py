@@ -1,0 +1,44 @@
+"""The ClientApp that the bundle names: it hands each message to the worker of its study."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from consilium_client.home import HOME_VARIABLE, SiteHome
+from consilium_client.progress import ProgressFile
+from consilium_client.workers import WorkerPool
+from consilium_common.wire.messages import from_server, to_server
+
+app = ClientApp()
+
+
+@cache
+def pool() -> WorkerPool:
+    """Return this process's workers."""
+    return WorkerPool(SiteHome.existing(Path(os.environ[HOME_VARIABLE])))
+
+
+@app.train()  # type: ignore[untyped-decorator]
+def train(message: Message, context: Context) -> Message:
+    """Train one round and reply with the update."""
+    return _do("train", message)
+
+
+@app.evaluate()  # type: ignore[untyped-decorator]
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the model here; the reply is empty unless exact figures may leave."""
+    return _do("evaluate", message)
+
+
+def _do(kind: str, message: Message) -> Message:
+    instructions, weights = from_server(message.content)
+    home = SiteHome.existing(Path(os.environ[HOME_VARIABLE]))
+    with ProgressFile(home).during(kind, instructions) as progress:
+        answer = pool().do(kind, instructions, weights, progress)
+    content = to_server(answer.blob if kind == "train" else None, answer.header["figures"])
+    return Message(content=content, reply_to=message)

@@ -1,0 +1,237 @@
+"""`consilium site`: join a consortium, import data, approve studies, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from consilium_client.data.cli import data_app
+from consilium_client.home import HOME_VARIABLE, SiteHome
+from consilium_common.console import command, note, result
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from consilium_client.reviewing import Review
+
+app = typer.Typer(
+    no_args_is_help=True, help="Run a hospital site: data, approval, training, budget."
+)
+app.add_typer(data_app, name="data")
+
+Home = Annotated[
+    Path, typer.Option("--home", envvar=HOME_VARIABLE, help="The site's state folder.")
+]
+DEFAULT_HOME = Path("site")
+Which = Annotated[str, typer.Argument(help="Name of the study, or first digits of its digest.")]
+Cohort = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Cohort size to declare in public (default: training patients, rounded down).",
+    ),
+]
+
+
+@app.command()
+@command
+def join(
+    invitation: Annotated[Path, typer.Argument(help="The file the aggregator operator sent.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Join a consortium: make this site's keys here and have them certified."""
+    from consilium_client.identity import join as join_consortium
+    from consilium_client.policy import write_default_policy
+
+    site = SiteHome.create(home)
+    config = join_consortium(site, invitation)
+    policy = write_default_policy(site)
+    result(
+        {"site": config.name, "address": config.address, "home": str(site.path)},
+        f"This site is {config.name} of {config.consortium!r}; its keys are in {site.identity}.\n"
+        f"Read and adapt its policy: {policy}\n"
+        "Next: consilium site data import FOLDER, then consilium site start",
+    )
+
+
+@app.command()
+@command
+def start(home: Home = DEFAULT_HOME) -> None:
+    """Run the site until Ctrl-C or SIGTERM: connect, train approved studies."""
+    import asyncio
+    import logging
+    import sys
+
+    from consilium_client.supervisor import serve
+
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    asyncio.run(serve(SiteHome.existing(home), note))
+
+
+@app.command()
+@command
+def studies(home: Home = DEFAULT_HOME) -> None:
+    """List proposed studies and this site's decisions."""
+    from consilium_client.identity import SiteIdentity
+    from consilium_client.reviewing import proposals
+
+    rows = [
+        {
+            "digest": p.study.digest,
+            "name": p.study.name,
+            "privacy": p.study.privacy.mode,
+            "proposed_by": p.proposed_by,
+            "proposed_at": p.proposed_at,
+            "state": p.state,
+            "decision": p.decision,
+        }
+        for p in proposals(SiteIdentity.load(SiteHome.existing(home)))
+    ]
+
+    def people(console: Console) -> None:
+        from rich.table import Table
+
+        table = Table("study", "digest", "privacy", "proposed by", "state", "our decision")
+        for row in rows:
+            table.add_row(
+                row["name"],
+                str(row["digest"])[:12],
+                row["privacy"],
+                row["proposed_by"],
+                row["state"],
+                row["decision"] or "open",
+            )
+        console.print(table if rows else "No study was proposed yet.")
+
+    result({"studies": rows}, people)
+
+
+@app.command()
+@command
+def review(study: Which, cohort_size: Cohort = None, home: Home = DEFAULT_HOME) -> None:
+    """Show in words what a study would do here, what would leave, and what it costs."""
+    found = _review(home, study, cohort_size)
+    result(_review_data(found), "\n".join(_review_lines(found)))
+
+
+@app.command()
+@command
+def approve(
+    study: Which,
+    cohort_size: Cohort = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Approve a study: sign its digest. Nothing else may ever run under this approval."""
+    from consilium_client.identity import SiteIdentity
+    from consilium_client.reviewing import approve as approve_study
+
+    found = _review(home, study, cohort_size)
+    if not yes:
+        note("\n".join(_review_lines(found)))
+        typer.confirm("Approve?", abort=True, err=True)
+    site = SiteHome.existing(home)
+    answer = approve_study(site, SiteIdentity.load(site), found)
+    result(
+        {**_review_data(found), **answer},
+        f"Approved {found.proposal.study.name} ({found.proposal.study.digest[:12]}), declaring"
+        f" {found.cohort_size} patients.",
+    )
+
+
+@app.command()
+@command
+def decline(
+    study: Which,
+    why: Annotated[str, typer.Option(help="Shown to the aggregator operator.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Decline a study; one that was approved stops training here."""
+    from consilium_client.identity import SiteIdentity
+    from consilium_client.reviewing import decline as decline_study
+
+    site = SiteHome.existing(home)
+    answer = decline_study(site, SiteIdentity.load(site), study, why)
+    result(answer, f"Declined {answer['digest'][:12]}.")
+
+
+@app.command()
+@command
+def budget(
+    patient: Annotated[
+        str | None, typer.Option(help="patient_id of one patient, as in cases.csv.")
+    ] = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Show what patients have spent of their privacy budget, and what is left."""
+    from consilium_client.budget import budget_command
+
+    key = None
+    if patient is not None:
+        from consilium_client.data.split import open_patient_key
+
+        key = open_patient_key(SiteHome.existing(home)).name(patient)
+    budget_command(home, key)
+
+
+@app.command()
+@command
+def results(study: Which, home: Home = DEFAULT_HOME) -> None:
+    """Show how the final model does on this site's own test patients; stays at the site."""
+    from consilium_client.results import final_evaluation
+
+    data = final_evaluation(SiteHome.existing(home), study)
+
+    def people(console: Console) -> None:
+        from rich.table import Table
+
+        console.print(
+            f"{data['name']} after {data['rounds_done']} rounds, {data['cases']} test cases",
+            markup=False,
+        )
+        if "dice" in data:
+            table = Table("class", "Dice", "cases")
+            for name, row in data["dice"].items():
+                mean = "–" if row["mean"] is None else f"{row['mean']:.3f}"
+                table.add_row(name, mean, str(row["count"]))
+            console.print(table)
+        if "accuracy" in data:
+            console.print(f"accuracy {data['accuracy']:.3f}")
+        console.print(f"report folder: {data['folder']}", markup=False)
+
+    result(data, people)
+
+
+def _review(home: Path, study: str, cohort_size: int | None) -> Review:
+    from consilium_client.identity import SiteIdentity
+    from consilium_client.reviewing import review as review_study
+
+    site = SiteHome.existing(home)
+    return review_study(site, SiteIdentity.load(site), study, cohort_size)
+
+
+def _review_data(found: Review) -> dict[str, Any]:
+    return {
+        "digest": found.proposal.study.digest,
+        "name": found.proposal.study.name,
+        "patients": found.patients,
+        "cohort_size": found.cohort_size,
+        "price": found.price.to_dict(),
+    }
+
+
+def _review_lines(found: Review) -> list[str]:
+    from consilium_common.study.plan import describe
+
+    refused = f"\nThis site refuses it: {found.price.reason}"
+    verdict = "" if found.price.allowed else refused
+    return [
+        *describe(found.proposal.study),
+        "",
+        f"Here: {found.patients} training patients; {found.cohort_size} would be declared.",
+        found.price.sentence() + verdict,
+    ]

@@ -1,0 +1,162 @@
+"""Case lists in CSV as text: parsed with the line of every error, and written."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from consilium_client.data.schema import Case
+from consilium_common.errors import ConsiliumError
+
+_SHOWN: Final = 12
+
+
+def columns_of(inputs: Sequence[str]) -> list[str]:
+    """Return the column of each channel: ``image`` for the first, ``image_<channel>`` after."""
+    return ["image", *(f"image_{name}" for name in inputs[1:])]
+
+
+def parse_cases(text: str, inputs: Sequence[str], *, where: str) -> tuple[Case, ...]:
+    """Parse a case list; all errors are named at once, each with its line.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.cases``, ``data.no-patient`` or ``data.duplicate-case``. The message names lines
+        and columns, never a patient.
+    """
+    header, rows = read_table(text, where=where)
+    channels = dict(zip(columns_of(inputs), inputs, strict=True))
+    _check_columns(header, channels, where)
+    problems: list[tuple[str, str]] = []
+    cases: list[Case] = []
+    seen: dict[str, int] = {}
+    for line, row in rows:
+        images = {name: row[column] for column, name in channels.items()}
+        empty = [column for column in ("case_id", *channels) if not row[column]]
+        split = row.get("split", "")
+        if not row["patient_id"]:
+            problems.append(("data.no-patient", f"line {line}: patient_id is empty"))
+        elif empty:
+            problems.append(("data.cases", f"line {line}: {', '.join(empty)} is empty"))
+        elif split not in ("", "train", "validation", "test"):
+            problems.append(
+                ("data.cases", f"line {line}: split must be train, validation, test or empty")
+            )
+        elif row["case_id"] in seen:
+            problems.append(
+                (
+                    "data.duplicate-case",
+                    f"line {line}: the case_id of line {seen[row['case_id']]} again",
+                )
+            )
+        elif max(len(row["case_id"]), len(row["patient_id"])) > 200:
+            problems.append(("data.cases", f"line {line}: an identifier is longer than 200"))
+        else:
+            seen[row["case_id"]] = line
+            cases.append(
+                Case.model_validate(
+                    {
+                        "case_id": row["case_id"],
+                        "patient_id": row["patient_id"],
+                        "images": images,
+                        "label": row.get("label", ""),
+                        "split": split or None,
+                    }
+                )
+            )
+    if problems:
+        more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ConsiliumError(
+            problems[0][0],
+            "\n".join(text for _, text in problems[:_SHOWN]) + more,
+            where=where,
+            hint="patient_id is mandatory: without it leakage between splits and privacy per "
+            "patient cannot be checked."
+            if problems[0][0] == "data.no-patient"
+            else "",
+        )
+    return tuple(cases)
+
+
+def read_table(text: str, *, where: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Read a CSV text: its header and its rows with their line numbers, cells stripped.
+
+    A semicolon separates where the header has no comma: spreadsheets in much of Europe write it.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.cases`` when it has no header, a column twice, or a row of another length.
+    """
+    first = text.split("\n", 1)[0]
+    delimiter = ";" if ";" in first and "," not in first else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[tuple[int, dict[str, str]]] = []
+    header: list[str] = []
+    try:
+        for cells in reader:
+            values = [cell.strip() for cell in cells]
+            if not any(values):
+                continue
+            if not header:
+                header = values
+                continue
+            if len(values) != len(header):
+                raise ConsiliumError(
+                    "data.cases",
+                    f"The row has {len(values)} cells, the header {len(header)}.",
+                    where=f"{where}:{reader.line_num}",
+                )
+            rows.append((reader.line_num, dict(zip(header, values, strict=True))))
+    except csv.Error as error:
+        raise ConsiliumError(
+            "data.cases", f"This is not CSV: {error}.", where=f"{where}:{reader.line_num}"
+        ) from error
+    if not header:
+        raise ConsiliumError("data.cases", "The case list is empty.", where=where)
+    if len(set(header)) != len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise ConsiliumError(
+            "data.cases", f"The header has the column {twice!r} twice.", where=f"{where}:1"
+        )
+    return header, rows
+
+
+def _check_columns(header: Sequence[str], channels: Iterable[str], where: str) -> None:
+    needed = ["case_id", "patient_id", *channels]
+    known = [*needed, "label", "split"]
+    missing = [name for name in needed if name not in header]
+    unknown = [name for name in header if name not in known]
+    if missing or unknown:
+        parts = [f"the column {name} is missing" for name in missing]
+        for name in unknown:
+            near = difflib.get_close_matches(name, known, 1)
+            parts.append(f"unknown column {name!r}" + (f", near {near[0]}" if near else ""))
+        message = "; ".join(parts)
+        raise ConsiliumError(
+            "data.no-patient" if "patient_id" in missing else "data.cases",
+            f"{message[0].upper()}{message[1:]}.",
+            where=f"{where}:1",
+            hint=f"The columns are {', '.join(known)}; label and split may be left out. "
+            "Further channels have columns image_<name> and stand in `inputs`.",
+        )
+
+
+def render_cases(cases: Iterable[Case], inputs: Sequence[str]) -> str:
+    """Write cases.csv; the column ``split`` only where a case has one."""
+    rows = list(cases)
+    columns = columns_of(inputs)
+    with_split = any(case.split for case in rows)
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        ["case_id", "patient_id", *columns, "label", *(["split"] if with_split else [])]
+    )
+    for case in rows:
+        cells = [case.case_id, case.patient_id, *(case.images[name] for name in inputs), case.label]
+        writer.writerow([*cells, case.split or ""] if with_split else cells)
+    return stream.getvalue()

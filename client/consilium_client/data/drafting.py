@@ -1,0 +1,193 @@
+"""From what an importer found, what a person says and what stood before, to a new manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from consilium_client.data.case_list import read_table
+from consilium_client.data.importers.base import Found, input_name
+from consilium_client.data.ingest.run import IngestOutcome, classes_of
+from consilium_client.data.manifest import Manifest
+from consilium_client.data.schema import Case, SiteManifest, SplitFractions
+from consilium_client.home import SiteHome
+from consilium_common.errors import ConsiliumError
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a person may say about a folder; everything has a default.
+
+    Parameters
+    ----------
+    format : str, optional
+        Name of the importer; None detects it.
+    site : str, optional
+        Name of the site; None keeps the manifest's, or ``site.json``'s.
+    inputs : tuple of str
+        Names of the input channels, in order.
+    labels : mapping
+        Label name to value, as in site.yaml.
+    skip_bad : bool
+        Leave bad cases out instead of failing.
+    mixed : bool
+        Accept DICOM folders that hold several patients.
+    replace : bool
+        Permit another root than the manifest's.
+    patients : Path, optional
+        CSV with case_id and patient_id, for layouts that name no patients.
+    """
+
+    format: str | None = None
+    site: str | None = None
+    inputs: tuple[str, ...] = ()
+    labels: Mapping[str, int | str] = field(default_factory=dict)
+    skip_bad: bool = False
+    mixed: bool = False
+    replace: bool = False
+    patients: Path | None = None
+
+
+def draft_manifest(
+    home: SiteHome, found: Found, options: ImportOptions, old: Manifest | None
+) -> Manifest:
+    same = old is not None and old.root == found.root
+    if old is not None and not same and not options.replace:
+        raise ConsiliumError(
+            "data.other-root",
+            f"This site's {len(old.cases)} cases come from another folder.",
+            where=str(old.root),
+            hint="Give --replace to put the new folder in its place, or list both in one CSV file.",
+        )
+    before = old.site if old is not None and same else None
+    inputs = _inputs(found, options, before)
+    rename = dict(zip(found.inputs, inputs, strict=True))
+    patients = _patients(options.patients)
+    splits = {case.case_id: case.split for case in old.cases} if old is not None and same else {}
+    cases = tuple(
+        Case(
+            case_id=case.case_id,
+            patient_id=patients.get(case.case_id, case.patient_id),
+            images={rename[name]: reference for name, reference in case.images.items()},
+            label=case.label,
+            split=case.split or splits.get(case.case_id),
+        )
+        for case in found.cases
+    )
+    return Manifest(
+        _site(home, found, options, old=old, before=before, inputs=inputs), cases, found.root
+    )
+
+
+def _site(
+    home: SiteHome,
+    found: Found,
+    options: ImportOptions,
+    *,
+    old: Manifest | None,
+    before: SiteManifest | None,
+    inputs: tuple[str, ...],
+) -> SiteManifest:
+    labels = _labels(found, options, before)
+    content = {
+        "schema": "consilium/site/v1",
+        "site": options.site or (old.site.site if old else _site_name(home)),
+        "root": str(found.root),
+        "inputs": list(inputs),
+        "label_kind": found.label_kind,
+        "labels": labels,
+        "classes": {
+            name: to for name, to in (before.classes if before else {}).items() if name in labels
+        },
+        "split": old.site.split if old else SplitFractions(),
+    }
+    try:
+        return SiteManifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConsiliumError(
+            "usage.manifest",
+            f"site.yaml would not be valid: {place} {first['msg'].removeprefix('Value error, ')}",
+            hint="Names are lower case letters, digits, - _ and . (masks: --label NAME=NUMBER).",
+        ) from error
+
+
+def _inputs(found: Found, options: ImportOptions, before: SiteManifest | None) -> tuple[str, ...]:
+    if options.inputs:
+        if len(options.inputs) != len(found.inputs):
+            raise ConsiliumError(
+                "usage.inputs",
+                f"{len(options.inputs)} inputs are named, the folder has {len(found.inputs)}.",
+                hint="Give --input once per channel, in order.",
+            )
+        return options.inputs
+    if before is not None and len(before.inputs) == len(found.inputs):
+        return tuple(before.inputs)
+    return found.inputs
+
+
+def _labels(
+    found: Found, options: ImportOptions, before: SiteManifest | None
+) -> dict[str, int | str]:
+    """Return label names to values; what a person has named before stays named so."""
+    if options.labels:
+        return dict(options.labels)
+    labels = dict(found.labels or {})
+    if found.label_kind == "class" and found.labels is None:
+        names = {name for case in found.cases for name in classes_of(case)}
+        labels = {name: name for name in sorted(names)}
+    old = dict(before.labels) if before and before.label_kind == found.label_kind else {}
+    if found.headers and found.label_kind == "mask":
+        # Segments go by name: values once given stay, new names get new values.
+        kept = old or ({"background": 0} if labels else {})
+        free = (n for n in range(1, 65536) if n not in kept.values())
+        return {**kept, **{name: next(free) for name in labels if name not in kept}}
+    named = {str(value): name for name, value in old.items()}
+    merged = {named.get(str(value), name): value for name, value in labels.items()}
+    return {**old, **merged} if not labels else merged
+
+
+def with_value_names(manifest: Manifest, outcome: IngestOutcome) -> Manifest:
+    """Name mask values by number where nobody has named them."""
+    if manifest.site.label_kind != "mask" or manifest.site.labels:
+        return manifest
+    values = {0}
+    for entry in outcome.entries.values():
+        values.update(entry.label_values or ())
+    labels = {"background" if value == 0 else f"value-{value}": value for value in sorted(values)}
+    site = manifest.site.model_copy(update={"labels": labels})
+    return Manifest(site, manifest.cases, manifest.root)
+
+
+def _patients(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConsiliumError(
+            "data.cases", "The list of patients cannot be read as UTF-8 text.", where=str(path)
+        ) from error
+    header, rows = read_table(text, where=str(path))
+    if not {"case_id", "patient_id"} <= set(header):
+        raise ConsiliumError(
+            "data.cases",
+            "The list of patients needs the columns case_id and patient_id.",
+            where=f"{path}:1",
+        )
+    return {row["case_id"]: row["patient_id"] for _, row in rows if row["patient_id"]}
+
+
+def _site_name(home: SiteHome) -> str:
+    """Return the name under which the site joined, else one made from its folder."""
+    try:
+        config = json.loads(home.config.read_bytes())
+        name = config.get("name") or config.get("site")
+    except (OSError, ValueError, AttributeError):
+        name = None
+    return input_name(str(name or home.path.name or "site"))

@@ -1,0 +1,135 @@
+"""What is wrong with a site's data: collected over all cases, shown together, then one error."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from consilium_common.errors import ConsiliumError
+from consilium_common.files import write_atomic
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with one case.
+
+    Parameters
+    ----------
+    case : str
+        The case's name in cases.csv, or the folder; shown at the site only.
+    code, message, where, hint : str
+        As in :class:`~consilium_common.errors.ConsiliumError`; ``where`` names files.
+    """
+
+    case: str
+    code: str
+    message: str
+    where: str
+    hint: str
+
+    @classmethod
+    def of(cls, case: str, error: ConsiliumError) -> Finding:
+        """Turn an error about one case into a finding."""
+        return cls(case, error.code, error.message, error.where, error.hint)
+
+
+def findings_table(findings: Sequence[Finding], *, limit: int = 40) -> Table:
+    """Return the findings as a table for the person at the site."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{len(findings)} findings", title_justify="left", show_lines=True)
+    for column in ("case", "rule", "what and where", "to do"):
+        table.add_column(column, overflow="fold")
+    for finding in findings[:limit]:
+        what = f"{finding.message}\n{finding.where}" if finding.where else finding.message
+        # Text, not markup: file names may hold brackets.
+        table.add_row(*(Text(cell) for cell in (finding.case, finding.code, what, finding.hint)))
+    if len(findings) > limit:
+        table.caption = f"and {len(findings) - limit} more in the report"
+    return table
+
+
+def write_report(path: Path, findings: Sequence[Finding], *, cases: int) -> None:
+    """Write every finding as JSON; the report stays at the site."""
+    content = {
+        "schema": "consilium/data-report/v1",
+        "cases": cases,
+        "findings": [asdict(finding) for finding in findings],
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(path, text.encode())
+
+
+def error_of(
+    findings: Sequence[Finding], *, cases: int, report: Path, name_files: bool
+) -> ConsiliumError:
+    """Return the one error that ends a command with these findings.
+
+    Its code is the findings' own where they agree, else ``data.invalid``. With ``name_files`` a
+    single finding's files are named; without, only the report is, so that the error may travel.
+    """
+    counts = Counter(finding.code for finding in findings)
+    code = next(iter(counts)) if len(counts) == 1 else "data.invalid"
+    if len(findings) == 1:
+        only = findings[0]
+        return ConsiliumError(
+            code,
+            only.message,
+            where=only.where if name_files else str(report),
+            hint=only.hint,
+        )
+    listed = ", ".join(f"{number} × {name}" for name, number in sorted(counts.items()))
+    return ConsiliumError(
+        code,
+        f"{len(findings)} of {cases} cases cannot be used: {listed}.",
+        where=str(report),
+        hint="The report names every file and what to do about it.",
+    )
+
+
+@contextmanager
+def reading(path: Path | str, what: str) -> Iterator[None]:
+    """Turn whatever a library raises on a broken file into one clear error.
+
+    The library's own words are left out: they may quote the file's content.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.truncated`` for any failure other than one of our own errors, or ``data.missing``.
+    """
+    try:
+        yield
+    except ConsiliumError:
+        raise
+    except FileNotFoundError as error:
+        raise ConsiliumError(
+            "data.missing",
+            f"The {what} does not exist.",
+            where=str(path),
+            hint="Correct the path in the case list, or restore the file.",
+        ) from error
+    except PermissionError as error:
+        raise ConsiliumError(
+            "data.missing", f"The {what} may not be read by this user.", where=str(path)
+        ) from error
+    except MemoryError as error:
+        raise ConsiliumError(
+            "data.too-large", f"The {what} does not fit into memory.", where=str(path)
+        ) from error
+    except Exception as error:
+        raise ConsiliumError(
+            "data.truncated",
+            f"The {what} is truncated or damaged ({type(error).__name__}).",
+            where=str(path),
+            hint="Copy or export it again from its source.",
+        ) from error

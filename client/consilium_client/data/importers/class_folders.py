@@ -1,0 +1,74 @@
+"""Pictures sorted into one folder per class; every picture counts as a patient of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from consilium_client.data.importers.base import Found
+from consilium_client.data.ingest.picture import SUFFIXES
+from consilium_client.data.schema import Case
+from consilium_common.errors import ConsiliumError
+
+
+class ClassFolderImporter:
+    """Reads ``<class>/<picture>`` with PNG, JPEG, TIFF or BMP pictures."""
+
+    name = "folders"
+
+    def detect(self, folder: Path) -> str | None:
+        """See :class:`~consilium_client.data.importers.base.Importer`."""
+        if not folder.is_dir():
+            return None
+        filled = [child for child in _folders(folder) if any(map(_is_picture, child.iterdir()))]
+        return f"{len(filled)} folders of pictures" if len(filled) >= 2 else None
+
+    def cases(self, folder: Path) -> Found:
+        """List the pictures by class.
+
+        Raises
+        ------
+        ConsiliumError
+            ``data.no-list`` when there are not two folders with pictures.
+        """
+        by_class = {
+            child.name: sorted(path for path in child.iterdir() if _is_picture(path))
+            for child in _folders(folder)
+        }
+        by_class = {name: pictures for name, pictures in by_class.items() if pictures}
+        if len(by_class) < 2:
+            raise ConsiliumError(
+                "data.no-list",
+                "There are not two folders with pictures, one per class.",
+                where=str(folder),
+            )
+        cases = tuple(
+            Case(
+                case_id=f"{name}/{path.name}",
+                patient_id=f"{name}/{path.name}",
+                images={"image": f"{name}/{path.name}"},
+                label=name,
+            )
+            for name, pictures in by_class.items()
+            for path in pictures
+        )
+        return Found(
+            root=folder,
+            cases=cases,
+            label_kind="class",
+            labels={name: name for name in by_class},
+            notes=(
+                "Folders of pictures name no patients: every picture counts as a patient of its "
+                "own. If patients have several, give --patients FILE.csv (case_id, patient_id); "
+                "privacy per patient depends on it.",
+            ),
+        )
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()

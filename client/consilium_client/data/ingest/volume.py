@@ -1,0 +1,178 @@
+"""A volume: values and the affine that says where each voxel lies in the patient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from consilium_common.errors import ConsiliumError
+
+Array = npt.NDArray[Any]
+Affine = npt.NDArray[np.float64]
+
+#: Patient axes of DICOM (left, posterior, superior) to those of NIfTI (right, anterior, superior).
+LPS_TO_RAS: Final[Affine] = np.diag([-1.0, -1.0, 1.0, 1.0])
+MAX_VOXELS: Final = 2**31
+#: Corners of label and image may lie this far apart, as a share of the smallest voxel edge.
+_SAME_PLACE: Final = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """Values on a grid.
+
+    Parameters
+    ----------
+    values : array
+        (I, J, K) for a volume, (rows, columns) for a plane.
+    affine : array
+        4×4; maps an index (for a plane with third index 0) to millimetres in RAS+. The columns
+        need not be orthogonal: a tilted acquisition is a shear, kept exactly.
+    spacing_known : bool
+        False for pictures that carry no physical size; their pixels then count as 1 mm.
+    """
+
+    values: Array
+    affine: Affine
+    spacing_known: bool = True
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Length of a voxel's edges in millimetres, one per dimension."""
+        lengths = np.linalg.norm(self.affine[:3, : self.values.ndim], axis=0)
+        return tuple(float(length) for length in lengths)
+
+
+def canonical(volume: Volume) -> Volume:
+    """Return the volume with axes permuted and flipped to the nearest of R, A, S.
+
+    No value is interpolated, and every voxel keeps its place. A plane stays as it is.
+    """
+    if volume.values.ndim != 3:
+        return volume
+    return reoriented(volume, "RAS")
+
+
+def reoriented(volume: Volume, axes: str) -> Volume:
+    """Return a 3D volume with axes permuted and flipped to the nearest of ``axes``, for example
+    ``RAS``; places in the patient stay exact.
+    """
+    from nibabel.orientations import (
+        apply_orientation,
+        axcodes2ornt,
+        inv_ornt_aff,
+        io_orientation,
+        ornt_transform,
+    )
+
+    change = ornt_transform(io_orientation(volume.affine), axcodes2ornt(tuple(axes)))
+    values = apply_orientation(volume.values, change)
+    affine = volume.affine @ inv_ornt_aff(change, volume.values.shape)
+    return Volume(np.ascontiguousarray(values), affine, volume.spacing_known)
+
+
+def corners(shape: tuple[int, ...], affine: Affine) -> Affine:
+    """Return where the centres of a grid's corner voxels lie, (2^n, 3), millimetres RAS+."""
+    padded = (*shape, *(1,) * (3 - len(shape)))
+    index = np.array(list(product(*((0, n - 1) for n in padded))), dtype=np.float64)
+    return np.asarray(index @ affine[:3, :3].T + affine[:3, 3])
+
+
+def require_same_grid(
+    first: Volume, second: Volume, *, what: str, where: str, hint: str = ""
+) -> None:
+    """Check that two volumes have one shape and one place.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.geometry``, with both shapes or the distance in millimetres.
+    """
+    if first.values.shape != second.values.shape:
+        sizes = [" × ".join(str(n) for n in v.values.shape) for v in (first, second)]
+        raise ConsiliumError(
+            "data.geometry",
+            f"{what} have different grids: {sizes[0]} against {sizes[1]} voxels.",
+            where=where,
+            hint=hint,
+        )
+    apart = corners(first.values.shape, first.affine) - corners(second.values.shape, second.affine)
+    distance = float(np.linalg.norm(apart, axis=1).max())
+    if distance > _SAME_PLACE * min(first.spacing):
+        raise ConsiliumError(
+            "data.geometry",
+            f"{what} lie up to {distance:.3g} mm apart in the patient.",
+            where=where,
+            hint=hint,
+        )
+
+
+def require_finite(values: Array, affine: Affine, where: str) -> None:
+    """Check that every value is a finite number and that the affine can be inverted.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.not-finite`` or ``data.geometry``.
+    """
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        count = int(values.size - np.isfinite(values).sum())
+        raise ConsiliumError(
+            "data.not-finite",
+            f"{count} voxels are NaN or infinite.",
+            where=where,
+            hint="Convert the image again; if the voxels lie outside the body, set them to 0.",
+        )
+    singular = not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9
+    if singular:
+        raise ConsiliumError(
+            "data.geometry",
+            "The header's geometry has an axis of no length, or one that is not a number.",
+            where=where,
+            hint="Convert the image again from its source.",
+        )
+
+
+def compact(values: Array) -> Array:
+    """Return image values in the smallest type that holds them exactly: int16 or float32.
+
+    Integers that int16 cannot hold become int32, or float32 beyond (exact below 2^24).
+    """
+    if values.dtype.kind in "iub":
+        low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+        for dtype in (np.uint8, np.int16, np.int32):
+            if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+                return np.ascontiguousarray(values, dtype=dtype)
+    return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def as_labels(values: Array, where: str) -> Array:
+    """Return label values as uint8 (or uint16 above 255).
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.label-values`` when a value is not a whole number between 0 and 65535.
+    """
+    if values.dtype.kind not in "iubf":
+        raise _not_labels(where)
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if not (low >= 0 and high <= 65535):
+        raise _not_labels(where)
+    whole = np.ascontiguousarray(values, dtype=np.uint8 if high <= 255 else np.uint16)
+    if values.dtype.kind == "f" and not np.array_equal(whole, values):
+        raise _not_labels(where)
+    return whole
+
+
+def _not_labels(where: str) -> ConsiliumError:
+    return ConsiliumError(
+        "data.label-values",
+        "The mask holds values that are not whole numbers between 0 and 65535.",
+        where=where,
+        hint="Export the mask as integers, without interpolation. Is it the image itself?",
+    )

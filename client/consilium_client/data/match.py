@@ -1,0 +1,125 @@
+"""Which of the site's channels and labels are the study's inputs and classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from consilium_client.data.schema import UNNAMED_INPUT, SiteManifest
+from consilium_common.errors import ConsiliumError
+from consilium_common.study.schema import Study
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a site's names become the study's.
+
+    Parameters
+    ----------
+    channels : tuple of str
+        The site's channel for each of the study's inputs, in the study's order.
+    classes : mapping
+        Local label name to the index of the study's class; names the study has no class for are
+        absent (in a mask they become background).
+    values : mapping
+        Mask value to class index; empty for class labels.
+    """
+
+    channels: tuple[str, ...]
+    classes: Mapping[str, int]
+    values: Mapping[int, int]
+
+
+def match_study(site: SiteManifest, study: Study) -> Match:
+    """Match names: by site.yaml's ``classes`` first, then by spelling without case, - _ . and
+    spaces. A site's one unnamed channel matches a study's one input.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.label-kind``, ``data.channel-missing``, ``data.class-missing`` or
+        ``data.class-ambiguous``.
+    """
+    needed = "mask" if study.task.kind == "segmentation" else "class"
+    if site.label_kind != needed:
+        raise ConsiliumError(
+            "data.label-kind",
+            f"The study is a {study.task.kind} and needs {needed} labels; this site's are "
+            f"{site.label_kind} labels.",
+            hint="Import the labels that fit the study.",
+        )
+    classes = _classes(site, study)
+    values = (
+        {int(site.labels[name]): index for name, index in classes.items()}
+        if needed == "mask"
+        else {}
+    )
+    return Match(_channels(site, study), classes, values)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_.-]+", "", name).casefold()
+
+
+def _channels(site: SiteManifest, study: Study) -> tuple[str, ...]:
+    inputs = study.task.inputs
+    if len(inputs) == 1 and site.inputs == [UNNAMED_INPUT]:
+        return (UNNAMED_INPUT,)
+    known = {_plain(name): name for name in site.inputs}
+    missing = [name for name in inputs if _plain(name) not in known]
+    if missing:
+        raise ConsiliumError(
+            "data.channel-missing",
+            f"The study needs the input {missing[0]}; this site has {_list(site.inputs)}.",
+            where="site.yaml: inputs",
+            hint="If it is the same under another name, rename it in site.yaml (and its column in "
+            "cases.csv).",
+        )
+    return tuple(known[_plain(name)] for name in inputs)
+
+
+def _classes(site: SiteManifest, study: Study) -> dict[str, int]:
+    names = study.task.classes
+    by_spelling: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        by_spelling.setdefault(_plain(name), []).append(index)
+    found: dict[str, int] = {}
+    for local in site.labels:
+        if local in site.classes:
+            if site.classes[local] in names:
+                found[local] = names.index(site.classes[local])
+            continue
+        candidates = by_spelling.get(_plain(local), [])
+        if len(candidates) > 1:
+            listed = _list([names[index] for index in candidates])
+            raise ConsiliumError(
+                "data.class-ambiguous",
+                f"This site's label {local} could be any of {listed}.",
+                where="site.yaml: classes",
+                hint="Say which: an entry under `classes` in site.yaml.",
+            )
+        if candidates:
+            found[local] = candidates[0]
+    background = 1 if study.task.kind == "segmentation" else 0
+    missing = [
+        name
+        for index, name in enumerate(names)
+        if index >= background and index not in found.values()
+    ]
+    if missing:
+        raise ConsiliumError(
+            "data.class-missing",
+            f"The study names the class {missing[0]}; this site's labels are "
+            f"{_list(list(site.labels))}.",
+            where="site.yaml: labels",
+            hint="If one of them is it, map it in site.yaml: "
+            f"`classes: {{local-name: {missing[0]}}}`. If the site has no such cases, add the "
+            "name under `labels` all the same.",
+        )
+    return found
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:12]) or "none"
+    return shown + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -1,0 +1,85 @@
+"""Evaluation of the global model at the site: figures and pictures that stay here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilium_client.home import SiteHome
+from consilium_client.training.cases import PatientCohort
+from consilium_client.training.evaluation import Evaluation
+from consilium_client.training.session import TrainingSession
+from consilium_common.files import private_folder, write_atomic
+from consilium_common.models.weights import unpack
+
+_PICTURES = 2
+
+
+def evaluate(
+    home: SiteHome,
+    session: TrainingSession,
+    cohort: PatientCohort,
+    weights: bytes,
+    *,
+    site: str,
+    rounds_done: int,
+    last: bool,
+) -> Evaluation:
+    """Evaluate on the site's test patients and write a report folder.
+
+    Writes ``reports/<digest>/round-NNNNN.json``; after the last round also ``evaluation.json`` and
+    pictures of a few cases.
+    """
+    study = session.study
+    tensors = unpack(weights)
+    evaluation = session.evaluate(tensors, "test")
+    folder = private_folder(home.reports / study.digest[:16])
+    figures = {
+        "site": site,
+        "study": study.digest,
+        "name": study.name,
+        "rounds_done": rounds_done,
+        **evaluation.to_dict(rows=True),
+    }
+    content = json.dumps(figures, indent=2).encode()
+    write_atomic(folder / f"round-{rounds_done:05d}.json", content)
+    if last:
+        if study.task.kind == "segmentation":
+            _write_pictures(folder, cohort, session, tensors)
+        write_atomic(folder / "evaluation.json", content)
+        write_atomic(folder / "model.safetensors", weights)
+    return evaluation
+
+
+def exact_figures(evaluation: Evaluation) -> dict[str, float]:
+    """Return sums and counts per class: what aggregates rightly over sites, unlike means."""
+    figures: dict[str, float] = {"cases": float(len(evaluation.rows))}
+    for dice in evaluation.dice:
+        figures[f"dice.{dice.name}.total"] = float(dice.total)
+        figures[f"dice.{dice.name}.count"] = float(dice.count)
+    if evaluation.auc:
+        figures["correct"] = float(sum(row.correct for row in evaluation.rows))
+        figures["decisions"] = float(sum(row.decisions for row in evaluation.rows))
+    return figures
+
+
+def _write_pictures(
+    folder: Path,
+    cohort: PatientCohort,
+    session: TrainingSession,
+    tensors: Mapping[str, NDArray[np.float32]],
+) -> None:
+    study = session.study
+    if study.task.dimensions != 3:
+        return
+    from consilium_client.training.pictures import slice_picture
+
+    cases = [case for patient in cohort.patients("test") for case in patient.cases]
+    for index, case in enumerate(cases[:_PICTURES]):
+        prediction = session.predict(tensors, case)
+        picture = slice_picture(case.image(), case.label(), prediction, study.task.classes)
+        write_atomic(folder / f"case-{index + 1}.png", picture)

@@ -1,0 +1,156 @@
+"""`site start`: the link, the SuperNode and the executor, held together by one process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from consilium_client.flower_private import supernode_command
+from consilium_client.home import HOME_VARIABLE, SiteHome
+from consilium_client.identity import SiteIdentity
+from consilium_client.link import Link
+from consilium_common.errors import ConsiliumError
+from consilium_common.files import write_atomic
+from consilium_common.identity.authority import certificate_pem
+from consilium_common.identity.certificates import self_signed_loopback
+from consilium_common.identity.keys import new_tls_key, save_private
+from consilium_common.processes import Child, flower_environment, free_port
+
+
+async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
+    """Run the site until SIGINT or SIGTERM.
+
+    Raises
+    ------
+    ConsiliumError
+        ``identity.*``; ``state.running`` when this site runs already.
+    """
+    import uvicorn
+
+    identity = SiteIdentity.load(home)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    with _only_one(home):
+        certificate, key, secret = _loopback_secrets(home)
+        link = Link(home, identity, say)
+        link_port, runtime_port = free_port(), free_port()
+        server = uvicorn.Server(
+            uvicorn.Config(
+                link.application,
+                host="127.0.0.1",
+                port=link_port,
+                ssl_certfile=str(certificate),
+                ssl_keyfile=str(key),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                interface="asgi3",
+            )
+        )
+        flower_home = home.path / "flower"
+        flower_home.mkdir(mode=0o700, exist_ok=True)
+        environment = {
+            **flower_environment(flower_home),
+            HOME_VARIABLE: str(home.path),
+        }
+        supernode = Child(
+            "supernode",
+            supernode_command(
+                link_port=link_port,
+                link_certificate=certificate,
+                runtime_port=runtime_port,
+                key=identity.folder / "site-key.openssh",
+                secret=secret,
+            ),
+            environment=environment,
+            logs=home.logs,
+            say=say,
+            before_start=link.free_node,
+        )
+        executor = Child(
+            "executor",
+            [
+                *(sys.executable, "-m", "consilium_client.executor"),
+                *(f"127.0.0.1:{runtime_port}", str(secret)),
+            ],
+            environment=environment,
+            logs=home.logs,
+            say=say,
+        )
+        tasks = [asyncio.create_task(_serve_quietly(server))]
+        try:
+            while not server.started:
+                await asyncio.sleep(0.02)
+            # After uvicorn, which installs handlers of its own.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, stop.set)
+            tasks += [
+                asyncio.create_task(work)
+                for work in (
+                    supernode.supervise(),
+                    executor.supervise(),
+                    link.hello_for_ever(),
+                    link.progress_for_ever(),
+                )
+            ]
+            say(f"site {identity.config.name} is running")
+            await stop.wait()
+            say("stopping")
+        finally:
+            # The SuperNode says goodbye through the link, so the link goes last.
+            await asyncio.gather(executor.stop(), supernode.stop())
+            server.should_exit = True
+            for task in tasks:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            await link.close()
+
+
+async def _serve_quietly(server: object) -> None:
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    with contextlib.suppress(asyncio.CancelledError):
+        await server.serve()  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _only_one(home: SiteHome) -> Iterator[None]:
+    """Hold the site's lock: two processes on one ledger and one node key would fight."""
+    import fcntl
+
+    with (home.run / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConsiliumError(
+                "state.running",
+                "This site is running already.",
+                where=str(home.path),
+                hint="Stop the other `consilium site start` first.",
+            ) from error
+        status = home.run / "status.json"
+        write_atomic(status, json.dumps({"pid": os.getpid()}).encode())
+        try:
+            yield
+        finally:
+            status.unlink(missing_ok=True)
+
+
+def _loopback_secrets(home: SiteHome) -> tuple[Path, Path, Path]:
+    """Make this start's loopback certificate and the executor's secret; none is kept longer."""
+    certificate, key, secret = (
+        home.run / name for name in ("link.pem", "link-key.pem", "executor-secret")
+    )
+    loopback_key = new_tls_key()
+    save_private(key, loopback_key)
+    write_atomic(certificate, certificate_pem(self_signed_loopback(loopback_key)))
+    write_atomic(secret, secrets.token_bytes(32))
+    return certificate, key, secret

@@ -1,0 +1,238 @@
+"""One study at one site, alive across rounds: network, device and data are made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilium_client.training.cases import Array, Case, PatientCohort, Split
+from consilium_client.training.compute import Compute, choose_compute
+from consilium_client.training.evaluation import (
+    Evaluation,
+    evaluate_classification,
+    evaluate_segmentation,
+)
+from consilium_common.errors import ConsiliumError
+from consilium_common.study import Study
+
+if TYPE_CHECKING:
+    from consilium_client.training.learner import Learner
+    from consilium_common.privacy.events import PrivacyEvent
+
+#: Images in one forward pass when classifying.
+_IMAGES: Final = 32
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one round of local training gives."""
+
+    #: The new state, float32, by name: the whole of it, ready to be checked and sent.
+    tensors: dict[str, NDArray[np.float32]]
+    #: Mean training loss. LOCAL ONLY: it depends on patients and is not protected; nan when a
+    #: private round drew nobody.
+    loss: float = field(repr=False)
+    #: The privacy event of the steps really made, measured; None without privacy.
+    realised: PrivacyEvent | None
+
+
+class TrainingSession:
+    """Local training and evaluation of one study; lives across rounds in one process.
+
+    Parameters
+    ----------
+    study : Study
+        The approved study.
+    cohort : PatientCohort
+        The site's patients.
+    device : str
+        ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N`` (default: auto).
+    precision : str or None
+        ``auto``, ``float32`` or ``bfloat16``; None takes the study's.
+    threads : int
+        CPU threads of this process (default: 1; several sites may share a machine).
+
+    Raises
+    ------
+    ConsiliumError
+        ``state.device`` or ``state.precision`` when the machine lacks what was asked;
+        ``privacy.network`` when the network cannot be trained privately; ``study.patches`` and the
+        errors of :class:`~consilium_client.training.patches.PatchSource`, at the first round, when
+        study and data do not fit.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        cohort: PatientCohort,
+        *,
+        device: str = "auto",
+        precision: str | None = None,
+        threads: int = 1,
+    ) -> None:
+        import torch
+
+        from consilium_common.models.private import check_private
+        from consilium_common.models.registry import build_network
+        from consilium_common.privacy.accounting import parameters
+
+        torch.set_num_threads(threads)
+        self.study = study
+        self.compute: Compute = choose_compute(study, device, precision)
+        self._cohort = cohort
+        self._privacy = parameters(study)
+        network = build_network(study)
+        if self._privacy is not None:
+            check_private(network)
+            _check_patches(study)
+        self._network = self.compute.place(network)
+        self._learner: Learner | None = None
+
+    def train(
+        self,
+        weights: Mapping[str, NDArray[np.float32]],
+        round_index: int,
+        cohort_size: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> TrainResult:
+        """Train one round from the global model.
+
+        Parameters
+        ----------
+        weights : mapping of str to float32 arrays
+            The global model: exactly the network's tensors.
+        round_index : int
+            From 0; decides the learning rate and, without privacy, the order of cases.
+        cohort_size : int
+            The cohort size that this site declared in public. With privacy it sets the denominator
+            of the noisy gradients; it need not be the true number.
+        progress : callable or None
+            Told (step, steps) after each step.
+
+        Raises
+        ------
+        ConsiliumError
+            ``run.bad-weights`` for a model that is not this study's; ``run.round`` for a round
+            that the study does not have; ``run.diverged`` for a loss that is not finite (without
+            privacy); ``privacy.truth`` when the mechanism that ran is not the one charged.
+        """
+        from consilium_client.training.learner import load_weights, read_weights
+
+        rounds = self.study.federation.rounds
+        if not 0 <= round_index < rounds:
+            raise ConsiliumError(
+                "run.round",
+                f"Round {round_index + 1} was asked for; the study has {rounds}.",
+                hint="Check that aggregator and site hold the same version of the study.",
+            )
+        load_weights(self._network, weights)
+        learner = self._ready()
+        realised = None
+        if self._privacy is None:
+            from consilium_client.training.plain_steps import run_plain
+
+            loss = run_plain(learner, round_index, progress)
+        else:
+            from consilium_client.training.private_steps import run_private
+
+            loss, realised = run_private(learner, self._privacy, cohort_size, round_index, progress)
+        return TrainResult(read_weights(self._network), loss, realised)
+
+    def evaluate(self, weights: Mapping[str, NDArray[np.float32]], split: Split) -> Evaluation:
+        """Evaluate a model on one split. The figures are exact and so stay at the site.
+
+        Raises
+        ------
+        ConsiliumError
+            ``run.bad-weights`` for a model that is not this study's.
+        """
+        from consilium_client.training.learner import load_weights
+
+        load_weights(self._network, weights)
+        cases = [case for patient in self._cohort.patients(split) for case in patient.cases]
+        classes = self.study.task.classes
+        if self.study.task.kind == "segmentation":
+            return evaluate_segmentation(split, classes, self._segmented(cases))
+        probabilities = np.zeros((len(cases), len(classes)))
+        truth = np.zeros((len(cases), len(classes)), dtype=bool)
+        for start in range(0, len(cases), _IMAGES):
+            part = cases[start : start + _IMAGES]
+            probabilities[start : start + len(part)] = self._classified(part)
+        for row, case in enumerate(cases):
+            label = np.asarray(case.label())
+            truth[row] = label > 0.5 if label.ndim else np.arange(len(classes)) == label
+        return evaluate_classification(
+            split,
+            classes,
+            [case.case_id for case in cases],
+            probabilities,
+            truth,
+            multi_label=self.study.task.multi_label,
+        )
+
+    def predict(self, weights: Mapping[str, NDArray[np.float32]], case: Case) -> Array:
+        """Predict one case.
+
+        Returns
+        -------
+        numpy.ndarray
+            Segmentation: the label map, uint8, shape (\\*spatial). Classification: probabilities,
+            float64, shape (classes,).
+
+        Raises
+        ------
+        ConsiliumError
+            ``run.bad-weights`` for a model that is not this study's.
+        """
+        from consilium_client.training.inference import segment
+        from consilium_client.training.learner import load_weights
+
+        load_weights(self._network, weights)
+        if self.study.task.kind == "segmentation":
+            return segment(self.study, self._network, self.compute, case.image())
+        return np.asarray(self._classified([case])[0])
+
+    def _ready(self) -> Learner:
+        """Load the training data at the first round, and keep it for the next ones."""
+        from consilium_client.training.learner import Learner
+        from consilium_client.training.losses import build_loss
+        from consilium_client.training.patches import PatchSource
+
+        if self._learner is None:
+            self._learner = Learner(
+                study=self.study,
+                network=self._network,
+                compute=self.compute,
+                loss=build_loss(self.study),
+                source=PatchSource(self.study, self._cohort.patients("train")),
+            )
+        return self._learner
+
+    def _segmented(self, cases: list[Case]) -> Iterator[tuple[str, Array, Array]]:
+        from consilium_client.training.inference import segment
+
+        for case in cases:
+            prediction = segment(self.study, self._network, self.compute, case.image())
+            yield case.case_id, prediction, case.label()
+
+    def _classified(self, cases: list[Case]) -> NDArray[np.float64]:
+        from consilium_client.training.inference import classify
+
+        images = [case.image() for case in cases]
+        return classify(self.study, self._network, self.compute, images)
+
+
+def _check_patches(study: Study) -> None:
+    """Refuse a single 3D patch a patient: as dear as two, and a worse gradient."""
+    training = study.training
+    if study.task.dimensions == 3 and training.patch and training.patches_per_patient < 2:
+        raise ConsiliumError(
+            "study.patches",
+            "A private study in 3D needs at least two patches per patient.",
+            where="training.patches_per_patient",
+            hint="Set it to 2 or more; clipping is per patient, so it costs no privacy.",
+        )

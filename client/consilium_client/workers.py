@@ -1,0 +1,136 @@
+"""Workers of running studies: forked warm, one per study, started again when they die."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any, Final
+
+from consilium_client.home import SiteHome
+from consilium_client.worker import Frame, receive_frame, request_frame, send_frame, work
+from consilium_common.errors import ConsiliumError
+from consilium_common.wire.messages import Instructions
+
+_log = logging.getLogger(__name__)
+
+#: Imported once, before any fork: a study's worker starts in tenths of a second.
+_WARM_MODULES: Final = [
+    "torch",
+    "monai.networks.nets",
+    "monai.losses",
+    "monai.inferers",
+    "consilium_client.worker",
+    "consilium_client.data.cohort",
+    "consilium_client.local_round",
+    "consilium_client.training.session",
+]
+_STOP_SECONDS: Final = 3.0
+
+
+@dataclass
+class _Worker:
+    process: ForkServerProcess
+    connection: Connection
+
+
+class WorkerPool:
+    """Hands work to the worker of its study.
+
+    Parameters
+    ----------
+    home : SiteHome
+        The site.
+    """
+
+    def __init__(self, home: SiteHome) -> None:
+        self._home = home
+        self._workers: dict[str, _Worker] = {}
+        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_WARM_MODULES)
+
+    def warm(self) -> None:
+        """Start the warm process now, so that the first round does not wait for its imports."""
+        from multiprocessing.forkserver import ensure_running
+
+        ensure_running()
+
+    def do(
+        self,
+        kind: str,
+        instructions: Instructions,
+        weights: bytes,
+        progress: Callable[[int, int], None],
+    ) -> Frame:
+        """Have one piece of work done; a worker that dies is replaced and asked once more.
+
+        Asking again is safe: a round that was stored is returned from the store, one that was only
+        charged is voided and charged anew.
+
+        Raises
+        ------
+        ConsiliumError
+            The worker's own, or ``run.worker-died`` when it died twice.
+        """
+        for _ in range(2):
+            worker = self._worker(instructions.study)
+            try:
+                send_frame(worker.connection, request_frame(kind, instructions, weights))
+                answer = self._wait(worker, progress)
+            except (EOFError, OSError):
+                _log.error("the worker of %s died", instructions.study[:12])
+                self._end(instructions.study)
+                continue
+            if "error" in answer.header:
+                error = ConsiliumError.from_dict(answer.header["error"])
+                # A worker that could not open its study starts afresh next time.
+                self._end(instructions.study)
+                raise error
+            if instructions.last:
+                self._end(instructions.study)
+            return answer
+        raise ConsiliumError(
+            "run.worker-died", "The training process died twice.", hint="See worker.log."
+        )
+
+    def end_all_but(self, running: set[str]) -> None:
+        """End the workers of studies that run no longer."""
+        for digest in set(self._workers) - running:
+            self._end(digest)
+
+    def _worker(self, digest: str) -> _Worker:
+        worker = self._workers.get(digest)
+        if worker is not None and worker.process.is_alive():
+            return worker
+        self._end(digest)
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=work,
+            args=(theirs, str(self._home.path), str(self._home.logs / "worker.log")),
+            daemon=True,
+        )
+        process.start()
+        theirs.close()
+        self._workers[digest] = _Worker(process, ours)
+        return self._workers[digest]
+
+    def _wait(self, worker: _Worker, progress: Callable[[int, int], None]) -> Frame:
+        while True:
+            frame = receive_frame(worker.connection)
+            step: dict[str, Any] | None = frame.header.get("progress")
+            if step is None:
+                return frame
+            progress(step["step"], step["steps"])
+
+    def _end(self, digest: str) -> None:
+        worker = self._workers.pop(digest, None)
+        if worker is None:
+            return
+        worker.connection.close()
+        worker.process.join(_STOP_SECONDS)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()

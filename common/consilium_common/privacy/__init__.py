@@ -1,0 +1,1 @@
+"""Privacy arithmetic: events of the mechanism and what they cost, per patient."""
