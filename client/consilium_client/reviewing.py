@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from consilium_client.budget import Price, price
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
@@ -15,6 +13,7 @@ from consilium_client.store import StudyStore
 from consilium_common.errors import ConsiliumError
 from consilium_common.models.registry import validate_network
 from consilium_common.study import Study
+from consilium_common.study.load import study_from_canonical
 from consilium_common.wire.methods import SITE_DECIDE, SITE_STUDIES
 from consilium_common.wire.statements import (
     approval_statement,
@@ -48,15 +47,7 @@ def proposals(identity: SiteIdentity) -> list[Proposal]:
         rows: list[dict[str, Any]] = caller.call(SITE_STUDIES, {})["studies"]
     found = []
     for row in rows:
-        try:
-            study = Study.model_validate(row["canonical"])
-        except ValidationError as error:
-            raise ConsiliumError(
-                "study.invalid",
-                "The aggregator shows a study that is not valid here.",
-                where=str(row.get("digest")),
-                hint="Site and aggregator may run releases that do not fit.",
-            ) from error
+        study = study_from_canonical(row["canonical"])
         if study.digest != row["digest"]:
             raise ConsiliumError(
                 "study.digest", "The aggregator shows a study under another study's digest."

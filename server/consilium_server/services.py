@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cryptography import x509
-from pydantic import ValidationError
 
 from consilium_common import __version__
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import Role, describe
-from consilium_common.study import Study
+from consilium_common.study.load import study_from_canonical
 from consilium_common.wire import methods
 from consilium_common.wire.statements import (
     approval_statement,
@@ -179,12 +178,7 @@ class Services:
     async def propose(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Take a study that an operator signed; the same study again changes nothing."""
         assert peer.member is not None
-        try:
-            study = Study.model_validate(request.get("canonical"))
-        except ValidationError as error:
-            raise ConsiliumError(
-                "study.invalid", "The study does not fit this aggregator's schema."
-            ) from error
+        study = study_from_canonical(request.get("canonical"))
         signature = _text(request, "signature")
         check_signed(
             proposal_statement(study.digest, peer.name),

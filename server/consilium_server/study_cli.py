@@ -55,13 +55,11 @@ def examples(
 def propose(file: File, home: Home = DEFAULT_HOME) -> None:
     """Sign a study and propose it to all sites."""
     from consilium_common.study.check import check as check_file
-    from consilium_common.study.load import load_study
     from consilium_common.wire.statements import proposal_statement
     from consilium_server.members import OPERATOR_NAME, operator_caller, operator_signature
 
     server = ServerHome.existing(home)
-    check_file(file)
-    study = load_study(file)
+    study = check_file(file).study
     signature = operator_signature(server, proposal_statement(study.digest, OPERATOR_NAME))
     with operator_caller(server) as caller:
         answer = caller.call(
