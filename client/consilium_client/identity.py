@@ -43,7 +43,7 @@ class SiteConfig:
     address: str  #: ``host:port`` of the aggregator
     device: str = "auto"  #: auto, cpu, cuda or cuda:N
     precision: str = "auto"  #: auto, float32 or bfloat16
-    threads: int = 0  #: CPU threads of training; 0 for all
+    threads: int = 0  #: CPU threads of training; 0: OMP_NUM_THREADS, else all
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class _Study:
             self._cohort,
             device=config.device,
             precision=None if config.precision == "auto" else config.precision,
-            threads=config.threads or os.cpu_count() or 1,
+            threads=config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
         )
         patients = [patient.key for patient in self._cohort.patients("train")]
         self._rounds = LocalRounds(self._home, identity, decision, self._session, patients)

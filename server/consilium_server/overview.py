@@ -6,6 +6,7 @@ from typing import Any
 
 from consilium_common.identity.certificates import describe, load_certificate
 from consilium_server.registry import Member, Registry, StudyRow
+from consilium_server.spending import SpendMeter
 
 
 def site_overview(member: Member) -> dict[str, Any]:
@@ -23,8 +24,8 @@ def site_overview(member: Member) -> dict[str, Any]:
     }
 
 
-def study_overview(registry: Registry, row: StudyRow) -> dict[str, Any]:
-    """Return all that the aggregator knows of one study."""
+def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict[str, Any]:
+    """Return all that the aggregator knows of one study; takes a while where ε is composed."""
     rounds = registry.rounds(row.digest)
     online = {m.name: m.online for m in registry.sites()}
     return {
@@ -37,6 +38,9 @@ def study_overview(registry: Registry, row: StudyRow) -> dict[str, Any]:
         "started_at": row.started_at,
         "ended_at": row.ended_at,
         "study": row.canonical,
+        "epsilon": dict(
+            meter.spent(row.study, [r.sites for r in rounds], exact=row.state != "running")
+        ),
         "rounds_planned": row.study.federation.rounds,
         "approvals": [
             {

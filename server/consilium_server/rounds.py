@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilium_common.errors import ConsiliumError
+from consilium_common.files import write_atomic
 from consilium_common.models.registry import initial_weights, tensor_specs
 from consilium_common.models.weights import pack
 from consilium_common.study import Study
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS: Final = 0.05
-#: A site that does not come back this long after it vanished is not waited for.
+#: Sites may come online this long before a round gives up; it is not counted as a failed attempt.
 _QUORUM_WAIT_SECONDS: Final = 120.0
 #: A round that misses its quorum is asked again this often; sites answer a repeated round from
 #: their store, so asking again costs no privacy.
@@ -73,7 +74,6 @@ class StudyRun:
         self._grid = grid
         self._folder = home.study_folder(self.digest)
         self._specs = tensor_specs(self.study)
-        self._epsilon = _EpsilonTable(self.study)
 
     def run(self) -> None:
         """Train the rounds that are left, evaluate, write the model, finish the study."""
@@ -86,8 +86,6 @@ class StudyRun:
             if every and done % every == 0 and done < rounds:
                 self._evaluate(checkpoint, last=False)
         self._evaluate(checkpoint, last=True)
-        from consilium_common.files import write_atomic
-
         write_atomic(self._folder / "model.safetensors", pack(checkpoint.weights))
         self._registry.set_study_state(self.digest, "finished")
 
@@ -114,8 +112,8 @@ class StudyRun:
                 + "; ".join(f"{site}: {why}" for site, why in sorted(dropped.items())),
                 hint="Mend what the sites report, then go on with `consilium study run`.",
             )
-        self._check_finite(mean.mean())
         after = Checkpoint(number + 1, mean.mean())
+        _check_finite(after.weights)
         save_checkpoint(self._folder, after)
         self._record(number, time.monotonic() - started, replies, dropped)
         return after
@@ -191,7 +189,7 @@ class StudyRun:
         self._home.kick.touch()
         while waiting and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-            gone = self._gone(waiting.values())
+            gone = self._gone(list(waiting.values()))
             for message_id, site in list(waiting.items()):
                 for reply in self._grid.pull_messages([message_id]):
                     del waiting[message_id]
@@ -224,10 +222,9 @@ class StudyRun:
             _log.warning("left out the update of %s: %s", site.name, error)
             replies.dropped[site.name] = f"{error.code}: {error.message}"
 
-    def _gone(self, sites: object) -> set[str]:
+    def _gone(self, sites: Sequence[Participant]) -> set[str]:
         """Return the sites that went silent, restarted or were revoked since the round began."""
         members = {m.name: m for m in self._registry.sites()}
-        assert hasattr(sites, "__iter__")
         return {
             site.name
             for site in sites
@@ -238,7 +235,6 @@ class StudyRun:
         self, number: int, seconds: float, replies: Replies, dropped: dict[str, str]
     ) -> None:
         losses = [f["loss"] for f in replies.figures.values() if "loss" in f]
-        self._epsilon.add_round(replies.added)
         with self._registry.transaction() as session:
             session.merge(
                 Round(
@@ -248,44 +244,16 @@ class StudyRun:
                     sites=sorted(replies.added),
                     dropped=dropped,
                     loss=float(np.mean(losses)) if losses else None,
-                    metrics={"epsilon": self._epsilon.now()},
                     ended_at=now(),
                 )
             )
 
-    def _check_finite(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
-        # Each update was finite, but a sum of huge ones may still overflow float32.
-        for name, tensor in weights.items():
-            if not np.isfinite(tensor).all():
-                raise ConsiliumError("run.diverged", f"The mean of {name} is not finite.")
 
-
-class _EpsilonTable:
-    """ε that each site's patients have spent in this study: from public numbers alone."""
-
-    def __init__(self, study: Study) -> None:
-        from consilium_common.privacy.accounting import parameters
-
-        self._parameters = parameters(study)
-        self._rounds: dict[str, int] = {}
-        self._known: dict[int, float] = {}
-
-    def add_round(self, sites: list[str]) -> None:
-        for site in sites:
-            self._rounds[site] = self._rounds.get(site, 0) + 1
-
-    def now(self) -> dict[str, float]:
-        return {site: self._of(rounds) for site, rounds in sorted(self._rounds.items())}
-
-    def _of(self, rounds: int) -> float:
-        from consilium_common.privacy.accounting import epsilon_of
-
-        if self._parameters is None:
-            return 0.0
-        if rounds not in self._known:
-            events = [self._parameters.event_per_round] * rounds
-            self._known[rounds] = round(epsilon_of(events, self._parameters.delta), 4)
-        return self._known[rounds]
+def _check_finite(weights: Mapping[str, NDArray[np.float32]]) -> None:
+    # Each update was finite, but a sum of huge ones may still overflow float32.
+    for name, tensor in weights.items():
+        if not np.isfinite(tensor).all():
+            raise ConsiliumError("run.diverged", f"The mean of {name} is not finite.")
 
 
 def _site_error(reply: Message) -> ConsiliumError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cryptography import x509
@@ -32,6 +32,7 @@ from consilium_server.registry import (
     StudyRow,
     now,
 )
+from consilium_server.spending import SpendMeter
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Services:
     registry: Registry
     authority: Authority
     control: Control
+    meter: SpendMeter = field(default_factory=SpendMeter)
 
     def table(self) -> dict[str, Service]:
         """Return the handler of every method in the role table."""
@@ -225,7 +227,8 @@ class Services:
 
     async def show(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Return all that is known of one study."""
-        return study_overview(self.registry, self.registry.study(_text(request, "digest")))
+        row = self.registry.study(_text(request, "digest"))
+        return await asyncio.to_thread(study_overview, self.registry, row, self.meter)
 
     async def run(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Start a study, or go on with one that stopped, from its last finished round."""

@@ -53,9 +53,9 @@ def one_line(data: dict[str, Any]) -> str:
         line += f", {last['seconds']:.1f} s, sites {', '.join(last['sites'])}"
         if last["loss"] is not None:
             line += f", loss {last['loss']:.4f}"
-        epsilon = last["metrics"].get("epsilon") or {}
-        if any(epsilon.values()):
-            line += ", ε " + ", ".join(f"{site} {value:.2f}" for site, value in epsilon.items())
+        if data["epsilon"]:
+            spent = ", ".join(f"{site} {value:.2f}" for site, value in data["epsilon"].items())
+            line += f", ε {spent}"
         for site, why in last["dropped"].items():
             line += f"; {site} left out: {why}"
     return line
@@ -70,7 +70,7 @@ def study_view(data: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     rounds = data["rounds"]
-    epsilon = (rounds[-1]["metrics"].get("epsilon") if rounds else None) or {}
+    epsilon = data["epsilon"]
     progress = {row["site"]: row for row in data["progress"]}
     sites = Table("site", "decision", "cohort", "online", "now", "ε spent", box=None)
     for approval in data["approvals"]:
