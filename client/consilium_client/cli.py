@@ -206,6 +206,35 @@ def results(study: Which, home: Home = DEFAULT_HOME) -> None:
     result(data, people)
 
 
+@app.command()
+@command
+def egress(
+    study: Annotated[str, typer.Argument(help="First digits of a digest; all if empty.")] = "",
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """List every update that was stored to leave this site: study, round, bytes, SHA-256."""
+    from consilium_client.store import StudyStore
+
+    rows = StudyStore(SiteHome.existing(home)).updates(study)
+
+    def people(console: Console) -> None:
+        from rich.table import Table
+
+        table = Table("study", "round", "bytes", "SHA-256", "stored (UTC)")
+        for row in rows:
+            when = row["stored_at"][:19].replace("T", " ")
+            table.add_row(
+                row["study"][:12],
+                str(row["round"] + 1),
+                str(row["bytes"]),
+                row["sha256"][:16],
+                when,
+            )
+        console.print(table if rows else "No update was stored yet: nothing has left this site.")
+
+    result({"updates": rows}, people)
+
+
 def _review(home: Path, study: str, cohort_size: int | None) -> Review:
     from consilium_client.identity import SiteIdentity
     from consilium_client.reviewing import review as review_study

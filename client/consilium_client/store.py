@@ -162,6 +162,19 @@ class StudyStore:
             )
         return StoredUpdate(digest, round_index, row[0], json.loads(row[1]), blob)
 
+    def updates(self, digest: str) -> list[dict[str, Any]]:
+        """Return round, SHA-256, bytes and time of every stored update whose study's digest begins
+        with ``digest``; what is stored may leave, and nothing else may.
+        """
+        with self._connect() as connection:
+            rows = connection.execute(
+                "SELECT digest, round, sha256, bytes, stored_at FROM updates"
+                " WHERE substr(digest, 1, ?) = ? ORDER BY digest, round",
+                (len(digest), digest),
+            ).fetchall()
+        names = ("study", "round", "sha256", "bytes", "stored_at")
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
     def permit_outgoing(
         self, object_ids: Iterable[str], digest: str, round_index: int | None, kind: str
     ) -> None:

@@ -1,0 +1,1 @@
+"""The auditor's tools: offline, with nothing but files and public keys."""

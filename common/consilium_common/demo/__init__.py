@@ -1,0 +1,1 @@
+"""The demonstration: three synthetic hospitals, their images, and a study over them."""
