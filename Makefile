@@ -1,0 +1,63 @@
+# Two commands for a fresh machine: `make demo` and `make test`.
+#
+#   make demo [STUDY=file.yaml] [DATA=folder] [OUT=folder]
+#   make test
+#
+# TORCH_INDEX: index to take PyTorch from, for example PyTorch's own CPU index on a machine without
+# a GPU whose default index offers the CUDA build alone.
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p))))
+VENV := .venv
+RUN := $(VENV)/bin/python
+TORCH := torch==2.13.0
+TORCH_INDEX ?=
+OUT ?= demo-state
+# Tests share the machine with the processes they start: one thread each.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint unit integration long benchmarks clean
+
+demo: $(VENV)/.runtime
+	@$(RUN) -m consilium_common demo --out "$(OUT)" \
+	  $(if $(STUDY),--study "$(STUDY)") $(if $(DATA),--data "$(DATA)")
+
+test: lint unit integration long
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+unit: $(VENV)/.dev
+	$(RUN) -m pytest tests/unit -m "not long" -n 2
+
+integration: $(VENV)/.dev
+	$(RUN) -m pytest tests/integration tests/faults -m "not long"
+
+# The second stage: real studies on real images, through real processes.
+long: $(VENV)/.dev
+	$(RUN) -m pytest tests -m long
+
+benchmarks: $(VENV)/.dev
+	for file in tests/benchmarks/*.py; do $(RUN) "$$file" || exit 1; done
+
+clean:
+	rm -rf $(VENV) demo-state
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed."; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; found $$("$(PYTHON)" --version). Give PYTHON=…"; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+# PyTorch first and alone, so that no dependency pulls another build of it.
+$(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check \
+	  $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") $(TORCH)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
