@@ -6,6 +6,8 @@ moves messages, and imports neither torch nor MONAI.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import socket
@@ -58,7 +60,7 @@ def main(address: str, secret_file: str) -> None:
             wake.recv(16)
             eager_until = time.monotonic() + _EAGER_SECONDS
         except TimeoutError:
-            continue
+            _end_workers_of_ended_studies(home)
 
 
 def _run(home: SiteHome, address: str, token: str) -> None:
@@ -84,6 +86,14 @@ def _run(home: SiteHome, address: str, token: str) -> None:
     except Exception:
         # The SuperNode reports the task as crashed; the next one must still be served.
         _log.exception("a task failed")
+
+
+def _end_workers_of_ended_studies(home: SiteHome) -> None:
+    """A study that was stopped sends no last message: its worker would keep GPU and memory."""
+    from consilium_client.app import pool
+
+    with contextlib.suppress(OSError, ValueError):
+        pool().end_all_but(set(json.loads(home.running.read_text(encoding="utf-8"))))
 
 
 def _wake_socket(home: SiteHome) -> socket.socket:

@@ -84,6 +84,11 @@ class SiteHome:
         return private_folder(self.path / "run")
 
     @property
+    def running(self) -> Path:
+        """Digests of the studies that run now, as the aggregator last said."""
+        return self.run / "running.json"
+
+    @property
     def logs(self) -> Path:
         """Logs of the site's processes."""
         return private_folder(self.path / "logs")

@@ -73,6 +73,7 @@ class Link:
         self._wake = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._wake.setblocking(False)
         self._connected: bool | None = None
+        self._running: list[str] | None = None
 
     async def application(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one HTTPS request of the SuperNode (ASGI)."""
@@ -145,9 +146,9 @@ class Link:
 
     async def hello_for_ever(self) -> None:
         """Tell the aggregator every few seconds that this site is there."""
-        request = canonical_json({"version": __version__, "session": self._session})
         invoke = self._channel.unary_unary(SITE_HELLO)
         while True:
+            request = canonical_json({"version": __version__, "session": self._session})
             try:
                 answer = json.loads(await invoke(request, timeout=10))
                 if self._connected is not True:
@@ -156,6 +157,7 @@ class Link:
                         f" (aggregator {answer['version']})"
                     )
                 self._connected = True
+                self._note_running(answer["running"])
             except grpc.aio.AioRpcError as error:
                 if self._connected is not False:
                     problem = await asyncio.to_thread(
@@ -186,6 +188,8 @@ class Link:
         Flower counts a vanished SuperNode as online for up to a minute and refuses its key
         meanwhile; the key's owner may end that at once.
         """
+        # What the predecessor was asked is lost with it: a new session tells the aggregator so.
+        self._session = secrets.token_hex(8)
         path = self._home.run / "node.json"
         if not path.exists():
             return
@@ -201,6 +205,15 @@ class Link:
         """Close the channel."""
         await self._channel.close()
         self._wake.close()
+
+    def _note_running(self, digests: list[str]) -> None:
+        """Tell the executor which studies run, so that it ends the workers of all others."""
+        if digests != self._running:
+            self._running = digests
+            path = self._home.running
+            temporary = path.with_suffix(".new")
+            temporary.write_text(json.dumps(digests), encoding="utf-8")
+            temporary.replace(path)
 
     def _wake_executor(self) -> None:
         with contextlib.suppress(OSError):

@@ -71,6 +71,8 @@ class LocalRounds:
                 "The aggregator names another cohort size than this site declared.",
                 hint="Approve the study again; the figure stands in the signed approval.",
             )
+        # Read afresh every round: an approval can be withdrawn while the worker lives.
+        self._store.approved(digest)
         policy = load_policy(self._home)
         require_permitted(policy, self._study, self._patients)
         private = parameters(self._study)

@@ -25,8 +25,9 @@ def main(grid: Grid, context: Context) -> None:
     try:
         StudyRun(home, registry, digest, grid).run()
     except ConsiliumError as error:
-        registry.set_study_state(digest, "failed", str(error))
+        registry.fail_running(digest, str(error))
         raise
     except Exception as error:
-        registry.set_study_state(digest, "failed", f"internal error: {type(error).__name__}")
+        # A stopped study ends here too: Flower cuts its calls off.
+        registry.fail_running(digest, f"internal error: {type(error).__name__}")
         raise

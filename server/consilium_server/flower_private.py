@@ -207,8 +207,8 @@ class TaskSource:
             retry_invoker=make_simple_http_retry_invoker(),
         )
 
-    def acquire(self) -> str | None:
-        """Return the token of a waiting ServerApp task, None when there is none."""
+    def acquire(self) -> tuple[str, int] | None:
+        """Return token and Flower run id of a waiting ServerApp task, None when there is none."""
         from flwr.proto.runtime_pb2 import AcquireTaskRequest
         from flwr.supercore.constant import TaskType
 
@@ -216,7 +216,7 @@ class TaskSource:
             AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
         )
         if response.HasField("task") and response.token:
-            return str(response.token)
+            return str(response.token), int(response.task.run_id)
         return None
 
 

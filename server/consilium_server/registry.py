@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, String, create_engine, event, select
+from sqlalchemy import JSON, String, create_engine, event, select, update
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -164,6 +164,26 @@ class Registry:
         with self.transaction() as session:
             return session.get(Member, name)
 
+    def spend_invitation(self, serial: str) -> None:
+        """Mark an invitation as used, or raise: of two that try at once, one alone succeeds."""
+        with self.transaction() as session:
+            spent = session.execute(
+                update(InvitationRow)
+                .where(InvitationRow.serial == serial, InvitationRow.used_at.is_(None))
+                .values(used_at=now())
+            )
+            if spent.rowcount != 1:
+                raise ConsiliumError(
+                    "identity.invitation-used",
+                    "The invitation was used already.",
+                    hint="Each invitation works once; ask the aggregator operator for a new one.",
+                )
+
+    def restore_invitation(self, serial: str) -> None:
+        """Make an invitation usable again after an enrolment that certified nobody."""
+        with self.transaction() as session:
+            session.get_one(InvitationRow, serial).used_at = None
+
     def sites(self) -> list[Member]:
         """Return all sites, by name."""
         with self.transaction() as session:
@@ -218,6 +238,19 @@ class Registry:
         with self.transaction() as session:
             query = select(Progress).where(Progress.digest == digest).order_by(Progress.site)
             return list(session.scalars(query))
+
+    def fail_running(self, digest: str, reason: str) -> None:
+        """Move a study from running to failed; one that was stopped meanwhile stays stopped."""
+        if self.study(digest).state == "running":
+            self.set_study_state(digest, "failed", reason)
+
+    def running_as(self, flower_run: str) -> StudyRow | None:
+        """Return the study that runs as this Flower run, None when none does."""
+        with self.transaction() as session:
+            query = select(StudyRow).where(
+                StudyRow.flower_run == flower_run, StudyRow.state == "running"
+            )
+            return session.scalars(query).first()
 
     def set_study_state(self, digest: str, state: str, reason: str = "") -> None:
         """Move a study to ``state``, with who or why in ``reason``."""

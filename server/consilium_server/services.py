@@ -25,7 +25,6 @@ from consilium_server.overview import site_overview, study_overview
 from consilium_server.peers import Peer
 from consilium_server.registry import (
     Approval,
-    InvitationRow,
     Member,
     Progress,
     Registry,
@@ -70,16 +69,18 @@ class Services:
             _text(request, "signer_request_pem").encode(), Role.SIGNER, name
         )
         key = node_key_bytes(certificate.public_key())
-        with self.registry.transaction() as session:
-            invitation = session.get_one(InvitationRow, peer.certified.serial)
-            if invitation.used_at is not None:
-                raise ConsiliumError("identity.invitation-used", "The invitation was used already.")
-            previous = session.get(Member, name)
+        self.registry.spend_invitation(peer.certified.serial)
+        previous = self.registry.member(name)
+        try:
             if previous is not None and previous.node_id is not None:
                 # A second invitation for the same name replaces the first identity.
                 await asyncio.to_thread(self.control.unregister_node, int(previous.node_id))
             node_id = await asyncio.to_thread(self.control.register_node, key, name)
-            invitation.used_at = now()
+        except Exception:
+            # Nobody was certified: the same invitation may be tried again.
+            self.registry.restore_invitation(peer.certified.serial)
+            raise
+        with self.registry.transaction() as session:
             session.merge(
                 Member(
                     name=name,

@@ -87,7 +87,9 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
         )
         tasks.append(asyncio.create_task(executor.supervise()))
         fleet = FleetForwarder(f"https://{address}", certificate, home.kick)
-        services = Services(registry, authority, Control(address, certificate))
+        control = Control(address, certificate)
+        _settle_interrupted(registry, control)
+        services = Services(registry, authority, control)
         gateway = Gateway(Doorkeeper(authority.certificate, registry), fleet, services.table())
         await gateway.start(host, port, home.identity)
         status = {"pid": os.getpid(), "address": f"{host}:{port}"}
@@ -106,6 +108,19 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+def _settle_interrupted(registry: Registry, control: Control) -> None:
+    """Studies that ran when the aggregator went down stand still now: say so, and how to go on."""
+    for row in registry.studies():
+        if row.state == "running":
+            if row.flower_run is not None:
+                control.stop_run(int(row.flower_run))
+            registry.set_study_state(
+                row.digest,
+                "stopped",
+                "the aggregator was restarted; go on with `consilium study run`",
+            )
 
 
 def _loopback_secrets(home: ServerHome) -> tuple[Path, Path, Path]:

@@ -268,12 +268,13 @@ def _share(site: SiteReport) -> float | None:
 
 
 def _agreement(sites: Iterable[SiteReport]) -> str:
-    gaps = [
-        abs(site.epsilon.pld - site.epsilon.prv)
-        for site in sites
-        if site.epsilon is not None and site.epsilon.prv is not None
-    ]
-    return f"; PLD and PRV differ by at most {max(gaps):.3f} here" if gaps else ""
+    """Say how the other accountants compare, as far as they were asked."""
+    epsilons = [site.epsilon for site in sites if site.epsilon is not None]
+    gaps = [abs(one.pld - one.prv) for one in epsilons if one.prv is not None]
+    words = f"; PRV (opacus) checks it and differs by at most {max(gaps):.3f}" if gaps else ""
+    if any(one.rdp is not None for one in epsilons):
+        words += "; RDP bounds it from above"
+    return words
 
 
 def _figure_columns(rounds: Iterable[RoundReport]) -> list[tuple[str, str]]:
