@@ -167,12 +167,13 @@ class Registry:
     def spend_invitation(self, serial: str) -> None:
         """Mark an invitation as used, or raise: of two that try at once, one alone succeeds."""
         with self.transaction() as session:
-            spent = session.execute(
+            spent = session.scalar(
                 update(InvitationRow)
                 .where(InvitationRow.serial == serial, InvitationRow.used_at.is_(None))
                 .values(used_at=now())
+                .returning(InvitationRow.serial)
             )
-            if spent.rowcount != 1:
+            if spent is None:
                 raise ConsiliumError(
                     "identity.invitation-used",
                     "The invitation was used already.",
