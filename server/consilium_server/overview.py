@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from consilium_common.identity.certificates import describe, load_certificate
-from consilium_server.registry import Member, Registry, StudyRow
+from consilium_server.registry import Member, Registry, Round, StudyRow
+from consilium_server.released import pooled
 from consilium_server.spending import SpendMeter
 
 
@@ -41,6 +43,7 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
         "epsilon": dict(
             meter.spent(row.study, [r.sites for r in rounds], exact=row.state != "running")
         ),
+        "evaluation": _last_evaluation(rounds),
         "rounds_planned": row.study.federation.rounds,
         "approvals": [
             {
@@ -75,3 +78,12 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
             for p in registry.progress(row.digest)
         ],
     }
+
+
+def _last_evaluation(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Return the newest evaluation that sites released, pooled and by site; empty without one."""
+    for row in reversed(rounds):
+        figures = row.metrics.get("evaluation")
+        if figures:
+            return {"rounds_done": row.number + 1, **pooled(figures), "sites": figures}
+    return {}

@@ -151,9 +151,10 @@ def _call(home: Path, method: str, request: dict[str, Any]) -> Any:
 def _watch(home: Path, study: str) -> None:
     from consilium_common.errors import ConsiliumError
     from consilium_server.members import operator_caller
-    from consilium_server.watching import follow
+    from consilium_server.watching import evaluation_line, follow
 
-    with operator_caller(ServerHome.existing(home)) as caller:
+    server = ServerHome.existing(home)
+    with operator_caller(server) as caller:
         data = follow(lambda: caller.call(methods.OPERATOR_SHOW, {"digest": study}))
     if data["state"] != "finished":
         raise ConsiliumError(
@@ -161,4 +162,8 @@ def _watch(home: Path, study: str) -> None:
             f"The study {data['name']} {data['state']}: {data['reason']}",
             hint="Mend the cause, then go on with `consilium study run`; no round is lost.",
         )
-    result(data, f"{data['name']} finished after {len(data['rounds'])} rounds.")
+    lines = [f"{data['name']} finished after {len(data['rounds'])} rounds."]
+    if data["evaluation"]:
+        lines.append(evaluation_line(data["evaluation"]))
+    lines.append(f"The model: {server.study_folder(data['digest']) / 'model.safetensors'}")
+    result(data, "\n".join(lines))

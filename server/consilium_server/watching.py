@@ -61,6 +61,18 @@ def one_line(data: dict[str, Any]) -> str:
     return line
 
 
+def evaluation_line(evaluation: dict[str, Any]) -> str:
+    """Return a released evaluation in one line."""
+    line = f"after round {evaluation['rounds_done']}, {evaluation['cases']} test cases:"
+    for name, value in evaluation.get("dice", {}).items():
+        line += f" Dice {name} {value:.3f}"
+    if "mean_dice" in evaluation:
+        line += f", mean {evaluation['mean_dice']:.3f}"
+    if "accuracy" in evaluation:
+        line += f" accuracy {evaluation['accuracy']:.3f}"
+    return line
+
+
 def study_view(data: dict[str, Any]) -> RenderableType:
     """Return the study as a panel of tables."""
     from rich.console import Group
@@ -95,6 +107,8 @@ def study_view(data: dict[str, Any]) -> RenderableType:
                 "; ".join(f"{s}: {why}" for s, why in row["dropped"].items()),
             )
         parts += [Text(), table]
+    if data["evaluation"]:
+        parts += [Text(), Text(evaluation_line(data["evaluation"]))]
     parts += [
         Text(),
         ProgressBar(total=data["rounds_planned"], completed=len(rounds), width=60),
