@@ -1,4 +1,4 @@
-"""Exact figures that sites released, put together rightly: sums over counts, never means of means."""
+"""Exact figures that sites released, pooled rightly: sums over counts, never means of means."""
 
 from __future__ import annotations
 
