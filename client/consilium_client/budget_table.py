@@ -61,9 +61,10 @@ class BudgetTable:
             f"Left for the patient who has spent most: {self.remaining:.3f}.",
             markup=False,
         )
-        table = Table(show_edge=False, pad_edge=False)
-        for name in ("study", "rounds", "released", "patients", "ε here", "ε as stated", "last"):
-            table.add_column(name, justify="left" if name in ("study", "last") else "right")
+        table = Table(box=None, pad_edge=False, padding=(0, 1))
+        for name in ("study", "rounds", "sent", "patients", "ε", "ε, δ as stated", "last (UTC)"):
+            left = name in ("study", "last (UTC)")
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
         for row in spent.studies:
             table.add_row(
                 row.study[:12],
@@ -71,8 +72,8 @@ class BudgetTable:
                 str(row.released),
                 str(row.patients),
                 f"{row.epsilon:.3f}",
-                f"{row.study_epsilon:.3f} (δ {row.study_delta:g})",
-                f"{row.last[:16].replace('T', ' ')} UTC",
+                f"{row.study_epsilon:.3f}, {row.study_delta:g}",
+                row.last[:16].replace("T", " "),
             )
         console.print(table)
 

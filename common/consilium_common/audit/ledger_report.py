@@ -90,9 +90,10 @@ class LedgerReport:
             "add or remove one.",
             markup=False,
         )
-        table = Table(show_edge=False, pad_edge=False, padding=(0, 2))
-        for name in ("", "rounds", "patients", "δ", "ε PLD", "ε PRV", "ε RDP", "PLD and PRV"):
-            table.add_column(name, justify="left" if name in ("", "PLD and PRV") else "right")
+        table = Table(box=None, pad_edge=False, padding=(0, 1))
+        for name in ("", "rounds", "patients", "δ", "ε PLD", "ε PRV", "ε RDP", "PLD, PRV"):
+            left = name in ("", "PLD, PRV")
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
         for study in self.studies:
             table.add_row(
                 f"  study {study.study[:12]}",
@@ -100,7 +101,7 @@ class LedgerReport:
                 str(study.patients),
                 *_figures(study.epsilon),
             )
-        table.add_row("  worst patient, all studies", "", str(self.patients), *_figures(self.worst))
+        table.add_row("  worst patient, all", "", str(self.patients), *_figures(self.worst))
         console.print(table)
 
 

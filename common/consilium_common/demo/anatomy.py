@@ -244,7 +244,7 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
             ),
         )
 
-    liver_value = float(rng.normal(108, 6))
+    liver_value = float(rng.normal(112, 6))
     liver = (
         organ((-66, -8, 2), (62, 68, 78), 4),
         organ((-8, -42, 34), (64, 34, 40), 5),

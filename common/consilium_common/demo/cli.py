@@ -31,9 +31,9 @@ def demo(
 ) -> None:
     """Train a segmentation study with patient-level differential privacy over mutual TLS."""
     from consilium_common.demo.federation import run_demo
-    from consilium_common.demo.outcome import outcome_data, print_outcome
+    from consilium_common.demo.outcome import conclude, outcome_data, print_outcome
 
-    outcome = run_demo(out.expanduser().resolve(), study_file=study, data=data)
+    outcome = conclude(run_demo(out.expanduser().resolve(), study_file=study, data=data))
 
     def people(console: Console) -> None:
         print_outcome(outcome, console)

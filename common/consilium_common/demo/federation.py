@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,26 +25,14 @@ _PATIENTS: Final = (20, 16, 16)
 _ONLINE_SECONDS: Final = 120.0
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the demo leaves."""
-
-    folder: Path
-    report: Path
-    study: dict[str, Any]  #: as `study show --json`
-    results: dict[str, dict[str, Any]]  #: by site, as `site results --json`
-    audits: dict[str, dict[str, Any]]  #: by site, as `audit verify --json`
-    seconds: float
-
-
 def run_demo(
     folder: Path,
     *,
     study_file: Path | None = None,
     data: Path | None = None,
     patients: tuple[int, int, int] = _PATIENTS,
-) -> Outcome:
-    """Run the whole demo in ``folder``.
+) -> Demo:
+    """Run the whole demo in ``folder``; when it returns, every process is shut down.
 
     Parameters
     ----------
@@ -75,13 +62,7 @@ def run_demo(
         demo.train()
         demo.collect()
         demo.say("shutting everything down")
-    report = folder / "report.html"
-    from consilium_common.demo.outcome import write_report
-
-    write_report(demo, report)
-    return Outcome(
-        folder, report, demo.shown, demo.results, demo.audits, time.monotonic() - started
-    )
+    return demo
 
 
 class Demo:
@@ -99,12 +80,12 @@ class Demo:
         self.egress: dict[str, list[dict[str, Any]]] = {}
         self._study_file = study_file
         self._processes = processes
-        self._started = started
+        self.started = started
         self._aggregator = str(folder / "aggregator")
 
     def say(self, what: str) -> None:
         """Print one step with the time since the demo began."""
-        note(f"[{time.monotonic() - self._started:5.1f} s] {what}")
+        note(f"[{time.monotonic() - self.started:5.1f} s] {what}")
 
     def home(self, site: str) -> str:
         """Return the state folder of a site."""

@@ -62,7 +62,7 @@ def scanners() -> tuple[Scanner, Scanner, Scanner]:
     return (
         Scanner("Demo Imaging", "North 64", (1.0, 1.0, 1.0), "LPS", 1.0, 0.01, 10, 2.2, 0.5),
         Scanner("Demo Imaging", "River 16", (0.94, 0.94, 1.16), "RAS", 1.02, 0.03, 16, 3.2, 1.0),
-        Scanner("Tomo Demo", "Anna S", (1.08, 1.08, 0.9), "LAS", 0.985, 0.02, 22, 1.8, 1.0),
+        Scanner("Tomo Demo", "Anna S", (1.08, 1.08, 0.9), "LAS", 0.99, 0.015, 22, 1.8, 1.0),
     )
 
 

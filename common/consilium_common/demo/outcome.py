@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +32,7 @@ from consilium_common.study.plan import cost, sections
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from consilium_common.demo.federation import Demo, Outcome
+    from consilium_common.demo.federation import Demo
     from consilium_common.study import Study
 
 _PICTURES_PER_SITE: Final = 2
@@ -42,9 +44,24 @@ _THREAT: Final = (
 )
 
 
-def write_report(demo: Demo, path: Path) -> None:
-    """Write the demo's report: one self-contained HTML file."""
+@dataclass(frozen=True)
+class Outcome:
+    """What the demo leaves."""
+
+    folder: Path
+    report: Path
+    study: dict[str, Any]  #: as `study show --json`
+    results: dict[str, dict[str, Any]]  #: by site, as `site results --json`
+    audits: dict[str, dict[str, Any]]  #: by site, as `audit verify --json`
+    seconds: float
+
+
+def conclude(demo: Demo) -> Outcome:
+    """Write the demo's report, one self-contained HTML file, and sum the demo up."""
+    path = demo.folder / "report.html"
     write_atomic(path, render_study_report(study_report(demo)).encode(), mode=0o644)
+    seconds = time.monotonic() - demo.started
+    return Outcome(demo.folder, path, demo.shown, demo.results, demo.audits, seconds)
 
 
 def study_report(demo: Demo) -> StudyReport:

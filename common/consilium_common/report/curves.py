@@ -24,6 +24,8 @@ _STYLE: Final = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.5,
+    # Names are names: a dollar sign in one is not mathematics.
+    "text.parse_math": False,
     "svg.fonttype": "path",
     "svg.hashsalt": "consilium",
     "axes.edgecolor": "#aab3bd",

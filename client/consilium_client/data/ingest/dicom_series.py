@@ -243,7 +243,7 @@ def read_pixels(header: Header) -> Array:
 
     with reading(header.path, "DICOM image"):
         dataset: Any = pydicom.dcmread(header.path)
-        values: Array = dataset.pixel_array
+        values = _decoded(dataset, header)
         colours = str(dataset.get("PhotometricInterpretation", ""))
         if colours == "PALETTE COLOR":
             raise ConsiliumError(
@@ -266,6 +266,23 @@ def read_pixels(header: Header) -> Array:
     if scaled.dtype.kind == "f" and np.array_equal(scaled, whole := np.rint(scaled)):
         scaled = whole.astype(np.int32) if np.abs(whole).max(initial=0) < 2**31 else scaled
     return scaled
+
+
+def _decoded(dataset: Any, header: Header) -> Array:
+    syntax = dataset.file_meta.TransferSyntaxUID
+    try:
+        values: Array = dataset.pixel_array
+    except (RuntimeError, NotImplementedError) as error:
+        if not syntax.is_compressed:
+            raise
+        raise ConsiliumError(
+            "data.codec",
+            f"The pixels, compressed as {syntax.name}, cannot be decoded: they are damaged, or of "
+            "a variant that no decoder here reads.",
+            where=str(header.path),
+            hint="Export the series uncompressed (Explicit VR Little Endian).",
+        ) from error
+    return values
 
 
 def _inverted(values: Array, bits: int, signed: int) -> Array:

@@ -1,0 +1,55 @@
+"""What all tests share: gRPC restricted first, skips by marker, one federation for many tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+# First of all: whoever imports gRPC before this module would bring it without the restriction.
+import consilium_common.wire.tls13  # noqa: F401
+
+if TYPE_CHECKING:
+    from federation import Federation
+
+_TESTS = Path(__file__).parent
+_REAL_IMAGES = _TESTS.parent.parent / "shared" / "data"
+#: Folders whose tests run real processes; they come last, so that a cheap failure is seen first.
+_PROCESSES = ("faults", "integration")
+
+sys.path.append(str(_TESTS / "integration"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, put the slow folders last, give them time."""
+    for item in items:
+        if item.get_closest_marker("data") and not _REAL_IMAGES.is_dir():
+            item.add_marker(pytest.mark.skip(reason="the real images ../shared/data are not here"))
+        if item.get_closest_marker("gpu") and not _cuda():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if _runs_processes(item) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(300))
+    items.sort(key=_runs_processes)  # stable: the order within each is kept
+
+
+def _runs_processes(item: pytest.Item) -> bool:
+    return item.path.relative_to(_TESTS).parts[0] in _PROCESSES
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """A running aggregator with three running hospitals; every test leaves it so."""
+    from federation import Federation, add_hospitals
+
+    with Federation(tmp_path_factory.mktemp("federation")) as running:
+        add_hospitals(running)
+        yield running

@@ -1,0 +1,432 @@
+"""A federation for tests: real processes on this machine, driven by the public commands alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from consilium_common.demo.hospitals import NAMES, write_hospitals
+
+T = TypeVar("T")
+
+CONSILIUM = str(Path(sys.executable).with_name("consilium"))
+#: Set in a process's environment: all its descendants inherit it, whatever session they are in.
+_MARK = "CONSILIUM_TEST_PROCESS"
+
+POLICY: dict[str, Any] = {
+    "schema": "consilium/policy/v1",
+    "budget": {"epsilon": 10.0, "delta": 0.001},
+    "permit_non_private": True,
+    "minimal_cohort": 2,
+    "release_exact_metrics": True,
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command with ``--json`` answered: exactly one envelope, and its exit status."""
+
+    status: int
+    envelope: dict[str, Any]
+    stderr: str
+
+    @property
+    def data(self) -> Any:
+        """The data of a command that must have succeeded."""
+        assert self.status == 0, f"{self.envelope}\n{self.stderr}"
+        return self.envelope["data"]
+
+    @property
+    def error(self) -> dict[str, str]:
+        """The error of a command that must have failed."""
+        assert self.status != 0, self.envelope
+        error: dict[str, str] = self.envelope["error"]
+        return error
+
+    @property
+    def code(self) -> str:
+        """Code of the error."""
+        return self.error["code"]
+
+
+def environment(**further: str) -> dict[str, str]:
+    """Return an environment in which nothing of the developer's own state is found."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("CONSILIUM_")}
+    return {**kept, "OMP_NUM_THREADS": "1", **further}
+
+
+def consilium(*arguments: object, timeout: float = 120.0) -> Answer:
+    """Run one command with ``--json`` to its end; asserts that stdout is exactly one envelope."""
+    done = subprocess.run(
+        [CONSILIUM, "--json", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.endswith("\n"), f"{arguments}: no envelope\n{done.stderr}"
+    assert done.stdout.count("\n") == 1, f"{arguments}: more than one line\n{done.stdout}"
+    envelope = json.loads(done.stdout)
+    wanted = {"status", "data"} if done.returncode == 0 else {"status", "error"}
+    assert set(envelope) == wanted, envelope
+    assert envelope["status"] == ("ok" if done.returncode == 0 else "error"), envelope
+    return Answer(done.returncode, envelope, done.stderr)
+
+
+def wait_for(
+    look: Callable[[], T | None], what: str, *, timeout: float = 60.0, pause: float = 0.1
+) -> T:
+    """Return the first true value of ``look``; fails the test after ``timeout`` seconds."""
+    end = time.monotonic() + timeout
+    while True:
+        found = look()
+        if found:
+            return found
+        assert time.monotonic() < end, f"waited {timeout:.0f} s in vain for {what}"
+        time.sleep(pause)
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Running:
+    """A long-running command and everything it has started.
+
+    Parameters
+    ----------
+    log : Path
+        Takes stdout and stderr.
+    """
+
+    def __init__(self, arguments: list[object], log: Path) -> None:
+        self._mark = f"{_MARK}={uuid.uuid4().hex}".encode()
+        self._log = log
+        with log.open("ab") as stream:
+            self._start = stream.tell()
+            key, _, value = self._mark.decode().partition("=")
+            self._process = subprocess.Popen(
+                [CONSILIUM, *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env=environment(**{key: value}),
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id of the command itself."""
+        return self._process.pid
+
+    @property
+    def output(self) -> str:
+        """What this start has written so far."""
+        return self._log.read_bytes()[self._start :].decode(errors="replace")
+
+    def ended(self) -> bool:
+        """Whether the command itself has ended."""
+        return self._process.poll() is not None
+
+    def processes(self) -> dict[int, str]:
+        """Return all living processes of this command, by process id, with their command lines."""
+        return dict(_marked(self._mark))
+
+    def wait_until_says(self, words: str, *, timeout: float = 60.0) -> None:
+        """Wait until the command has written ``words``; fails when it ends before."""
+
+        def look() -> bool:
+            said = words in self.output
+            assert said or not self.ended(), f"it ended before saying {words!r}:\n{self.output}"
+            return said
+
+        wait_for(look, f"{words!r} in {self._log.name}", timeout=timeout)
+
+    def interrupt(self, number: signal.Signals = signal.SIGINT, *, timeout: float = 10.0) -> None:
+        """End it as Ctrl-C does; no process of it may be left after ``timeout`` seconds."""
+        if not self.ended():
+            os.kill(self.pid, number)
+        self._wait_until_gone(timeout)
+
+    def kill(self) -> None:
+        """Kill the whole tree with SIGKILL, all at once."""
+        for pid in self.processes():
+            _send(pid, signal.SIGKILL)
+        self._wait_until_gone(10.0)
+
+    def kill_main(self) -> None:
+        """Kill the command itself with SIGKILL; its children must not outlive it."""
+        _send(self.pid, signal.SIGKILL)
+        self._wait_until_gone(10.0)
+
+    def clean(self) -> None:
+        """Leave nothing behind, whatever happened; for the end of a test."""
+        for pid in self.processes():
+            _send(pid, signal.SIGKILL)
+        self._process.wait(timeout=10)
+
+    def _wait_until_gone(self, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        while True:
+            self._process.poll()  # reaps it
+            left = self.processes()
+            if not left and self.ended():
+                return
+            assert time.monotonic() < end, f"after {timeout:.0f} s these are left: {left}"
+            time.sleep(0.05)
+
+
+def _marked(mark: bytes) -> Iterator[tuple[int, str]]:
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            if mark in (folder / "environ").read_bytes():
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                yield int(folder.name), command.decode(errors="replace")
+        except (OSError, ProcessLookupError):
+            continue  # it ended meanwhile, or is not ours
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+@dataclass
+class Site:
+    """A hospital of the federation."""
+
+    name: str
+    home: Path
+    log: Path
+    running: Running | None = field(default=None)
+
+    def __call__(self, *arguments: object) -> Answer:
+        """Run ``consilium site …`` here."""
+        return consilium("site", *arguments, "--home", self.home)
+
+    def set_policy(self, **changes: Any) -> None:
+        """Write ``policy.yaml``: that of the tests with ``changes``."""
+        (self.home / "policy.yaml").write_text(yaml.safe_dump({**POLICY, **changes}))
+
+    def start(self) -> None:
+        """Run ``site start`` and wait until the aggregator and Flower know that it is there."""
+        node, before = self.home / "run" / "node.json", time.time()
+        self.running = Running(["site", "start", "--home", self.home], self.log)
+        self.running.wait_until_says("connected to")
+        wait_for(
+            lambda: node.exists() and node.stat().st_mtime >= before,
+            f"the SuperNode of {self.name}",
+        )
+
+    def kill(self) -> None:
+        """Kill the whole tree with SIGKILL."""
+        assert self.running is not None
+        self.running.kill()
+        self.running = None
+
+    def stop(self) -> None:
+        """End it with Ctrl-C."""
+        if self.running is not None:
+            self.running.interrupt()
+            self.running = None
+
+
+class Federation:
+    """One aggregator and its sites, in one folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Everything lies below it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.home = folder / "aggregator"
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.sites: dict[str, Site] = {}
+        self.running: Running | None = None
+        self._all: list[Running] = []
+
+    def __enter__(self) -> Federation:
+        self.server("init", "--address", self.address, "--name", "tests").data  # noqa: B018
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for site in self.sites.values():
+            if site.running is not None:
+                site.running.clean()
+        if self.running is not None:
+            self.running.clean()
+
+    def server(self, *arguments: object) -> Answer:
+        """Run ``consilium server …``."""
+        return consilium("server", *arguments, "--home", self.home)
+
+    def study(self, *arguments: object, timeout: float = 120.0) -> Answer:
+        """Run ``consilium study …``."""
+        return consilium("study", *arguments, "--home", self.home, timeout=timeout)
+
+    def start(self) -> None:
+        """Run ``server start`` and wait until the port is open."""
+        self.running = Running(
+            ["server", "start", "--home", self.home, "--host", "127.0.0.1"],
+            self.folder / "aggregator.log",
+        )
+        self.running.wait_until_says("listens on")
+
+    def kill(self) -> None:
+        """Kill the aggregator's whole tree with SIGKILL."""
+        assert self.running is not None
+        self.running.kill()
+        self.running = None
+
+    def stop(self) -> None:
+        """End the aggregator with Ctrl-C."""
+        assert self.running is not None
+        self.running.interrupt()
+        self.running = None
+
+    def invite(self, name: str, *options: object) -> Path:
+        """Write an invitation and return its file."""
+        path = self.folder / f"{name}-{uuid.uuid4().hex[:6]}.invitation"
+        self.server("invite", name, "--out", path, *options).data  # noqa: B018
+        return path
+
+    def join(self, name: str) -> Site:
+        """Have a new site join, with the tests' policy."""
+        site = Site(name, self.folder / f"site-{name}", self.folder / f"{name}.log")
+        site("join", self.invite(name)).data  # noqa: B018
+        site.set_policy()
+        self.sites[name] = site
+        return site
+
+    def propose(self, study: Mapping[str, Any]) -> str:
+        """Propose a study and return its digest."""
+        path = self.folder / f"{study['name']}.yaml"
+        path.write_text(yaml.safe_dump(dict(study)))
+        digest: str = self.study("propose", path).data["digest"]
+        return digest
+
+    def approve(self, digest: str, *names: str) -> None:
+        """Have sites approve a study, all of the hospitals by default."""
+        with ThreadPoolExecutor(4) as pool:
+            sites = [self.sites[name] for name in names or NAMES]
+            answers = list(pool.map(lambda site: site("approve", digest, "--yes"), sites))
+        for answer in answers:
+            answer.data  # noqa: B018
+
+    def show(self, digest: str) -> dict[str, Any]:
+        """Return what ``study show`` says."""
+        data: dict[str, Any] = self.study("show", digest).data
+        return data
+
+    def wait_until(
+        self, digest: str, holds: Callable[[dict[str, Any]], bool], what: str, timeout: float = 90.0
+    ) -> dict[str, Any]:
+        """Wait until ``holds`` is true of the study; fails at once when the study has failed."""
+
+        def look() -> dict[str, Any] | None:
+            data = self.show(digest)
+            if holds(data):
+                return data
+            assert data["state"] != "failed", data["reason"]
+            return None
+
+        return wait_for(look, what, timeout=timeout)
+
+    def run_to_end(self, study: Mapping[str, Any], *, timeout: float = 120.0) -> dict[str, Any]:
+        """Propose, have all hospitals approve, run and watch a study; return its last state."""
+        digest = self.propose(study)
+        self.approve(digest)
+        self.study("run", digest).data  # noqa: B018
+        data: dict[str, Any] = self.study("watch", digest, timeout=timeout).data
+        return data
+
+
+def add_hospitals(federation: Federation) -> None:
+    """Add the demo's three hospitals, small: one keeps DICOM, one the MSD layout, one a CSV."""
+    hospitals = write_hospitals(federation.folder / "images", patients=(9, 9, 9), size=16)
+
+    def add(hospital: Any) -> Site:
+        site = federation.join(hospital.name)
+        labels = [
+            part
+            for value, name in enumerate(hospital.labels)
+            if value
+            for part in ("--label", f"{name}={value}")
+        ]
+        site("data", "import", hospital.folder, *labels).data  # noqa: B018
+        site.start()
+        return site
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(add, hospitals))
+
+
+def small_study(name: str, **changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a study that the hospitals can train in a moment; ``changes`` replace keys of parts.
+
+    Every name makes another study: names are part of a study's digest.
+    """
+    study: dict[str, Any] = {
+        "schema": "consilium/study/v1",
+        "name": name,
+        "task": {
+            "kind": "segmentation",
+            "dimensions": 3,
+            "inputs": ["ct"],
+            "classes": ["background", "liver"],
+        },
+        "preprocessing": {
+            "orientation": "RAS",
+            "size": [16, 16, 16],
+            "intensity": {"kind": "window", "low": -160.0, "high": 240.0},
+        },
+        "model": {"network": "unet", "arguments": {"channels": [4, 8], "strides": [2]}},
+        "training": {"steps_per_round": 2, "batch_size": 2},
+        "privacy": {"mode": "none"},
+        "federation": {"rounds": 2, "quorum": 2, "deadline_seconds": 60.0},
+        "evaluation": {"release": "exact"},
+    }
+    for part, values in changes.items():
+        study[part] = {**study[part], **values}
+    return study
+
+
+#: A private study's parts; two rounds of it cost an ε well inside the tests' budget.
+PRIVATE: dict[str, dict[str, Any]] = {
+    "privacy": {
+        "mode": "patient",
+        "sampling_rate": 0.5,
+        "clip_norm": 1.0,
+        "noise_multiplier": 4.0,
+        "delta": 0.001,
+    },
+    "evaluation": {"release": "none"},
+}

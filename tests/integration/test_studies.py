@@ -1,0 +1,172 @@
+"""Studies run to their end over real processes and the one port, and cost what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation import PRIVATE, Federation, consilium, small_study
+
+from consilium_common.demo.hospitals import NAMES
+
+
+def test_dicom_nifti_and_csv_sites_train_one_study_to_its_end(federation: Federation) -> None:
+    found = federation.run_to_end(small_study("plain", federation={"rounds": 3}))
+    assert found["state"] == "finished"
+    assert [row["number"] for row in found["rounds"]] == [0, 1, 2]
+    for row in found["rounds"]:
+        assert row["sites"] == sorted(NAMES)
+        assert row["dropped"] == {}
+        assert row["loss"] > 0
+    evaluation = found["rounds"][-1]["metrics"]["evaluation"]
+    assert set(evaluation) == set(NAMES)
+    for site in federation.sites.values():
+        if site.name in NAMES:
+            results = site("results", "plain").data
+            assert results["rounds_done"] == 3
+            assert set(results["dice"]) == {"liver"}
+
+
+@pytest.fixture(scope="module")
+def private(federation: Federation) -> dict[str, Any]:
+    """A private study that has run to its end."""
+    return federation.run_to_end(small_study("private", **PRIVATE))
+
+
+def test_a_private_study_costs_what_an_independent_computation_says(
+    federation: Federation, private: dict[str, Any], tmp_path: Path
+) -> None:
+    assert private["state"] == "finished"
+    for name in NAMES:
+        home = federation.sites[name].home
+        export = tmp_path / f"{name}.jsonl"
+        consilium("audit", "export", home / "ledger.db", export).data  # noqa: B018
+        key = home / "identity" / "ledger-public.pem"
+        (report,) = consilium("audit", "verify", export, "--key", key).data["ledgers"]
+        (cost,) = [s for s in report["studies"] if s["study"] == private["digest"]]
+        assert (cost["rounds"], cost["released"]) == (2, 2)
+
+        expected = _epsilon_of_recorded_events(export, private["digest"])
+        assert cost["epsilon"]["pld"] == pytest.approx(expected, abs=0.005)
+        budget = federation.sites[name]("budget").data
+        (spent,) = [s for s in budget["studies"] if s["study"] == private["digest"]]
+        assert spent["study_epsilon"] == pytest.approx(expected, abs=0.005)
+        told = private["rounds"][-1]["metrics"]["epsilon"][name]
+        assert told == pytest.approx(expected, abs=0.005)
+
+
+def _epsilon_of_recorded_events(export: Path, digest: str) -> float:
+    """Compose what the ledger's lines say was done, with nothing of consilium's."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant()
+    delta = 1.0
+    for line in export.read_text().splitlines():
+        entry = json.loads(line)["content"]
+        if entry["kind"] != "charge" or entry["body"]["study"] != digest:
+            continue
+        event = entry["body"]["event"]
+        step = PoissonSampledDpEvent(
+            event["sampling_rate"], GaussianDpEvent(event["noise_multiplier"])
+        )
+        accountant.compose(SelfComposedDpEvent(step, event["steps"]))
+        delta = min(delta, entry["body"]["delta"])
+    return float(accountant.get_epsilon(delta))
+
+
+def test_nothing_of_a_private_study_that_depends_on_data_reaches_the_aggregator(
+    private: dict[str, Any],
+) -> None:
+    for row in private["rounds"]:
+        assert row["loss"] is None
+        assert set(row["metrics"]) == {"epsilon"}
+
+
+def test_a_charged_ledger_does_not_verify_once_a_line_is_changed(
+    federation: Federation, private: dict[str, Any], tmp_path: Path
+) -> None:
+    home = federation.sites[NAMES[0]].home
+    export = tmp_path / "changed.jsonl"
+    consilium("audit", "export", home / "ledger.db", export).data  # noqa: B018
+    text = export.read_text()
+    assert '"noise_multiplier":4.0' in text
+    export.write_text(text.replace('"noise_multiplier":4.0', '"noise_multiplier":5.0', 1))
+    key = home / "identity" / "ledger-public.pem"
+    assert consilium("audit", "verify", export, "--key", key).code == "privacy.ledger-broken"
+
+
+def test_a_study_that_was_stopped_runs_on_from_its_last_round(federation: Federation) -> None:
+    digest = federation.propose(
+        small_study("stopped", training={"steps_per_round": 20}, federation={"rounds": 12})
+    )
+    federation.approve(digest)
+    federation.study("run", digest).data  # noqa: B018
+    assert federation.study("run", digest).code == "study.running"
+    federation.wait_until(digest, lambda data: len(data["rounds"]) >= 2, "two rounds")
+    assert federation.study("stop", digest).data["state"] == "stopped"
+    before = federation.show(digest)
+    assert before["state"] == "stopped"
+    assert 2 <= len(before["rounds"]) < 12
+    assert federation.study("stop", digest).code == "study.not-running"
+
+    federation.study("run", digest).data  # noqa: B018
+    after = federation.study("watch", digest).data
+    assert after["state"] == "finished"
+    assert [row["number"] for row in after["rounds"]] == list(range(12))
+    # Rounds that were finished are not computed again.
+    assert after["rounds"][: len(before["rounds"]) - 1] == before["rounds"][:-1]
+    assert federation.study("run", digest).code == "study.finished"
+
+
+def test_an_update_with_nan_is_left_out_and_the_round_goes_on(federation: Federation) -> None:
+    from consilium_client.home import SiteHome
+    from consilium_client.store import StudyStore
+    from consilium_common.models.registry import initial_weights
+    from consilium_common.models.weights import pack
+    from consilium_common.study import Study
+
+    study = small_study("poisoned")
+    digest = federation.propose(study)
+    federation.approve(digest)
+    # This hospital's disk gives NaN back for the first round: a stored update is sent as it is.
+    weights = initial_weights(Study.model_validate(study))
+    broken = next(name for name, tensor in weights.items() if tensor.ndim > 1)
+    weights[broken] = np.full_like(weights[broken], np.nan)
+    victim = NAMES[2]
+    store = StudyStore(SiteHome.existing(federation.sites[victim].home))
+    store.keep_update(digest, 0, pack(weights), {})
+
+    federation.study("run", digest).data  # noqa: B018
+    found = federation.study("watch", digest).data
+    first, second = found["rounds"]
+    assert first["sites"] == sorted(set(NAMES) - {victim})
+    assert set(first["dropped"]) == {victim}
+    assert "run.bad-update" in first["dropped"][victim]
+    assert "finite" in first["dropped"][victim]
+    assert second["sites"] == sorted(NAMES)
+    assert np.isfinite(second["loss"])
+
+
+def test_a_round_without_a_quorum_is_tried_again_and_then_fails_with_the_reasons(
+    federation: Federation,
+) -> None:
+    from consilium_client.home import SiteHome
+    from consilium_client.store import StudyStore
+
+    digest = federation.propose(small_study("refused", federation={"rounds": 1, "quorum": 3}))
+    federation.approve(digest)
+    # The aggregator has the approval; the hospital's own record decides, and says no.
+    home = SiteHome.existing(federation.sites[NAMES[1]].home)
+    store = StudyStore(home)
+    approval = store.approved(digest)
+    store.decide(approval.study, "declined", 0, "changed our mind")
+    federation.study("run", digest).data  # noqa: B018
+    answer = federation.study("watch", digest)
+    assert answer.code == "run.failed"
+    assert NAMES[1] in answer.error["message"]
+    assert "study.not-approved" in answer.error["message"]
+    assert federation.show(digest)["rounds"] == []

@@ -1,0 +1,84 @@
+"""The commands of `consilium site data`: what they say, where, and their exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from data_fixtures import write_pairs
+from typer.testing import CliRunner
+
+from consilium_client.data.cli import data_app
+from consilium_common.console import MODE
+
+LABELS = ("--label", "background=0", "--label", "liver=1", "--input", "ct")
+
+
+@pytest.fixture
+def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODE, "json", True)
+
+
+def call(tmp_path: Path, *arguments: str) -> tuple[int, str, str]:
+    answer = CliRunner().invoke(data_app, [*arguments, "--home", str(tmp_path / "home")])
+    return answer.exit_code, answer.stdout, answer.stderr
+
+
+def test_import_list_check_and_purge(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "data", 3)
+    status, out, err = call(tmp_path, "import", str(folder), "--site", "northfield", *LABELS)
+    assert status == 0
+    assert "Detected csv: the case list cases.csv." in err
+    assert "3 cases of 3 patients; 3 read now" in out
+    status, out, _ = call(tmp_path, "list")
+    assert status == 0 and "scan1" in out and "Patient" not in out
+    status, out, _ = call(tmp_path, "check")
+    assert status == 0 and "3 cases of 3 patients are good; 0 had changed" in out
+    status, out, _ = call(tmp_path, "purge")
+    assert status == 0 and "MiB" in out
+
+
+@pytest.mark.usefixtures("as_json")
+def test_json_is_exactly_one_envelope(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "data", 2)
+    status, out, _ = call(tmp_path, "import", str(folder), "--site", "northfield", *LABELS)
+    answer = json.loads(out)
+    assert status == 0 and answer["status"] == "ok"
+    assert answer["data"]["site"] == "northfield"
+    assert answer["data"]["labels"] == {"background": 0, "liver": 1}
+    _, out, _ = call(tmp_path, "list")
+    assert [row["case_id"] for row in json.loads(out)["data"]] == ["scan0", "scan1"]
+
+
+@pytest.mark.usefixtures("as_json")
+def test_several_bad_cases_are_a_table_on_stderr_and_one_error(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "data", 3)
+    for number in (0, 2):
+        (folder / "labels" / f"scan{number}.nii.gz").unlink()
+    status, out, err = call(tmp_path, "import", str(folder), *LABELS)
+    error = json.loads(out)["error"]
+    assert status == 4
+    assert error["code"] == "data.missing" and "2 of 3 cases" in error["message"]
+    assert Path(error["where"]).is_file()
+    assert "scan0" in err and "scan2" in err
+    status, out, err = call(tmp_path, "import", str(folder), *LABELS, "--skip-bad")
+    assert status == 0 and json.loads(out)["data"]["left_out"] == 2
+    assert "Left out 2 cases" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("import", "no-such-folder"), 4, "no such folder"),
+        (("import", ".", "--format", "zip"), 2, "no format zip"),
+        (("import", ".", "--label", "liver"), 2, "NAME=VALUE"),
+        (("check",), 8, "no site here"),
+    ],
+)
+def test_wrong_calls_are_one_clear_error(
+    tmp_path: Path, arguments: tuple[str, ...], status: int, said: str
+) -> None:
+    found, out, err = call(tmp_path, *arguments)
+    assert found == status
+    assert said in err and "Traceback" not in err and out == ""
