@@ -39,6 +39,7 @@ class EgressGate:
         self._home = home
         self._site = site
         self._store = StudyStore(home)
+        self._ledger: Ledger | None = None
         self._crash_objects: set[str] = set()
 
     def check_message(self, push: Push) -> None:
@@ -81,8 +82,10 @@ class EgressGate:
 
     def _check_charged(self, digest: str, round_index: int) -> None:
         update = self._store.update(digest, round_index)
-        with Ledger.open(self._home.ledger, site=self._site) as ledger:
-            charge = ledger.find_charge(digest, round_index)
+        if self._ledger is None:
+            # Kept open: opening reads the whole chain, later looks read what was appended.
+            self._ledger = Ledger.open(self._home.ledger, site=self._site)
+        charge = self._ledger.find_charge(digest, round_index)
         if update is None or charge is None or charge.update != update.sha256:
             raise self._refusal("an update that the ledger has not charged")
 

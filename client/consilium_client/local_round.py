@@ -50,6 +50,7 @@ class LocalRounds:
         self._session = session
         self._patients = tuple(patients)
         self._store = StudyStore(home)
+        self._ledger: Ledger | None = None
 
     def train(
         self,
@@ -79,39 +80,42 @@ class LocalRounds:
         stored = self._store.update(digest, number)
         if private is None:
             return stored or self._compute(instructions, weights, progress)
-        with Ledger.open(
-            self._home.ledger, self._identity.signer(), site=self._identity.config.name
-        ) as ledger:
-            charge = ledger.find_charge(digest, number)
-            if stored is not None:
-                if charge is None:
-                    raise ConsiliumError(
-                        "privacy.uncharged-update", "An update was stored that was never charged."
-                    )
-                # Killed between storing and recording: recording again changes nothing.
-                ledger.release(charge, stored.sha256)
-                return stored
-            if charge is not None and charge.state == "open":
-                # Killed while training. Nothing was stored, and only what is stored can leave.
-                ledger.void(charge, "no update was stored; the training process died")
-            elif charge is not None and charge.state == "released":
-                raise ConsiliumError(
-                    "privacy.update-lost",
-                    "This round's update was released and is gone; it cannot be computed again.",
-                    hint="Restore studies.db and the releases folder from your backup.",
-                )
-            entry = charge_round(
-                ledger,
-                policy,
-                self._study,
-                number,
-                self._patients,
-                event=private.event_per_round,
-                clip_norm=private.clip_norm,
+        if self._ledger is None:
+            # Opened once, in this process: opening reads and checks the whole chain.
+            self._ledger = Ledger.open(
+                self._home.ledger, self._identity.signer(), site=self._identity.config.name
             )
-            update = self._compute(instructions, weights, progress)
-            ledger.release(entry, update.sha256)
-            return update
+        ledger = self._ledger
+        charge = ledger.find_charge(digest, number)
+        if stored is not None:
+            if charge is None:
+                raise ConsiliumError(
+                    "privacy.uncharged-update", "An update was stored that was never charged."
+                )
+            # Killed between storing and recording: recording again changes nothing.
+            ledger.release(charge, stored.sha256)
+            return stored
+        if charge is not None and charge.state == "open":
+            # Killed while training. Nothing was stored, and only what is stored can leave.
+            ledger.void(charge, "no update was stored; the training process died")
+        elif charge is not None and charge.state == "released":
+            raise ConsiliumError(
+                "privacy.update-lost",
+                "This round's update was released and is gone; it cannot be computed again.",
+                hint="Restore studies.db and the releases folder from your backup.",
+            )
+        entry = charge_round(
+            ledger,
+            policy,
+            self._study,
+            number,
+            self._patients,
+            event=private.event_per_round,
+            clip_norm=private.clip_norm,
+        )
+        update = self._compute(instructions, weights, progress)
+        ledger.release(entry, update.sha256)
+        return update
 
     def _compute(
         self,
