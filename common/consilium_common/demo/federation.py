@@ -21,7 +21,8 @@ from consilium_common.study.load import load_study
 #: Marks a folder that a demo made and the next one may replace.
 MARKER: Final = ".consilium-demo"
 STUDY: Final = Path(__file__).parent / "study.yaml"
-_PATIENTS: Final = (20, 16, 16)
+#: Few enough to write in seconds, enough that learning survives the noise.
+_PATIENTS: Final = (40, 30, 30)
 _ONLINE_SECONDS: Final = 120.0
 
 
@@ -77,6 +78,7 @@ class Demo:
         self.shown: dict[str, Any] = {}
         self.results: dict[str, dict[str, Any]] = {}
         self.audits: dict[str, dict[str, Any]] = {}
+        self.prices: dict[str, dict[str, Any]] = {}
         self.egress: dict[str, list[dict[str, Any]]] = {}
         self._study_file = study_file
         self._processes = processes
@@ -166,7 +168,7 @@ class Demo:
             ]
         )
         for hospital, approval in zip(self.hospitals, approvals, strict=True):
-            price = approval["price"]
+            price = self.prices[hospital.name] = approval["price"]
             cost = (
                 f"ε {price['study_epsilon']:.2f} of {price['budget']:g}"
                 if price["private"]

@@ -99,7 +99,8 @@ def write_hospitals(
             "usage.demo",
             f"The demo needs three hospitals of at least one patient, a size of at least "
             f"{_SMALLEST} and a seed of at least 0.",
-            hint=f"Got patients {tuple(patients)}, size {size}, seed {seed}.",
+            where=f"patients {tuple(patients)}, size {size}, seed {seed}",
+            hint="Three times ten patients, size 48 and seed 0 are good values.",
         )
     import numpy as np
 

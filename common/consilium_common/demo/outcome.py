@@ -153,7 +153,7 @@ def _site(demo: Demo, approval: dict[str, Any]) -> SiteReport:
         state="done" if name in demo.results else "",
         cohort=approval["cohort_size"],
         rounds=participation[name],
-        epsilon=_site_epsilon(ledger) if ledger else None,
+        epsilon=_site_epsilon(ledger, demo.prices[name]["budget"]) if ledger else None,
         ledger=(
             LedgerOutcome(
                 verified=ledger["verified"], entries=ledger["entries"], head=ledger["head"]
@@ -165,7 +165,7 @@ def _site(demo: Demo, approval: dict[str, Any]) -> SiteReport:
     )
 
 
-def _site_epsilon(ledger: dict[str, Any]) -> SiteEpsilon:
+def _site_epsilon(ledger: dict[str, Any], budget: float) -> SiteEpsilon:
     study = ledger["studies"][0]["epsilon"]
     return SiteEpsilon(
         pld=study["epsilon"]["pld"],
@@ -173,6 +173,7 @@ def _site_epsilon(ledger: dict[str, Any]) -> SiteEpsilon:
         rdp=study["epsilon"]["rdp"],
         delta=study["delta"],
         spent=ledger["worst_patient"]["epsilon"]["pld"],
+        budget=budget,
     )
 
 
@@ -194,7 +195,7 @@ def _rounds(study: Study, rows: list[dict[str, Any]]) -> list[RoundReport]:
                 seconds=row["seconds"],
                 replied=tuple(row["sites"]),
                 missed=tuple(sorted(row["dropped"])),
-                figures={} if row["loss"] is None else {"all sites": {"loss": row["loss"]}},
+                figures={} if row["loss"] is None else {"loss": {"": row["loss"]}},
                 epsilon=epsilon,
             )
         )
