@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -95,6 +95,9 @@ class Child:
         Program and arguments; secrets never stand here, only paths of files that hold them.
     before_start : callable, optional
         Awaited before each start, for example to free what a killed predecessor left.
+    after_start : callable, optional
+        Awaited after each start, while the process runs, for example to tell it what the one
+        before it knew; an error in it ends the process, and the next start tries again.
     """
 
     def __init__(
@@ -105,7 +108,8 @@ class Child:
         environment: Mapping[str, str],
         logs: Path,
         say: Callable[[str], None],
-        before_start: Callable[[], object] | None = None,
+        before_start: Callable[[], Awaitable[None]] | None = None,
+        after_start: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.name = name
         self.command = list(command)
@@ -114,6 +118,7 @@ class Child:
         self._log = logs / f"{name}.log"
         self._say = say
         self._before_start = before_start
+        self._after_start = after_start
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
 
@@ -134,6 +139,7 @@ class Child:
             started = time.monotonic()
             await self._start()
             assert self._process is not None
+            await self._greet()
             status = await self._process.wait()
             self._kill_group()  # what it left behind
             if self._stopping:
@@ -162,9 +168,7 @@ class Child:
 
     async def _start(self) -> None:
         if self._before_start is not None:
-            outcome = self._before_start()
-            if asyncio.iscoroutine(outcome):
-                await outcome
+            await self._before_start()
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self.command,
@@ -175,6 +179,15 @@ class Child:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
+
+    async def _greet(self) -> None:
+        if self._after_start is None:
+            return
+        try:
+            await self._after_start()
+        except Exception as error:
+            self._say(f"{self.name} did not come up well: {error}")
+            self._kill_group()
 
     def _kill_group(self) -> None:
         if self._process is not None:

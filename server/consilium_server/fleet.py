@@ -17,7 +17,7 @@ import httpx
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.wire.methods import FLEET_HEADER_PREFIX, FLEET_PATHS, PROTOBUF_MEDIA_TYPE
-from consilium_server.flower_private import has_message
+from consilium_server.flower_private import has_message, objects_to_push, pushed_object
 
 #: Shorter than the 30 s after which a SuperNode gives a call up.
 HOLD_SECONDS: Final = 24.0
@@ -26,6 +26,29 @@ _SAFETY_SECONDS: Final = 3.0
 _KICK_POLL_SECONDS: Final = 0.03
 
 Headers = list[tuple[str, str]]
+
+
+class Arrivals:
+    """Tells the round loop that a reply is there, so that it need not ask the SuperLink.
+
+    A reply is announced with the ids of its objects, which then come one by one; when the last one
+    has come, the node's file in ``folder`` is touched.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._missing: dict[str, set[str]] = {}
+
+    def note(self, node_id: str, call: str, body: bytes, response: bytes) -> None:
+        """Take in a Fleet call that the SuperLink has answered well."""
+        if call == "PushMessages":
+            self._missing[node_id] = set(objects_to_push(response))
+        elif call == "PushObject":
+            self._missing.get(node_id, set()).discard(pushed_object(body))
+        else:
+            return
+        if not self._missing.get(node_id):
+            (self._folder / node_id).touch()
 
 
 class FleetForwarder:

@@ -25,7 +25,7 @@ from consilium_common.wire.methods import (
     fleet_method,
 )
 from consilium_common.wire.tls13 import grpc
-from consilium_server.fleet import FleetForwarder
+from consilium_server.fleet import Arrivals, FleetForwarder
 from consilium_server.flower_private import claimed_node, node_key_bytes, public_key_header
 from consilium_server.peers import Doorkeeper, Peer
 
@@ -45,12 +45,17 @@ class Gateway:
     """
 
     def __init__(
-        self, door: Doorkeeper, fleet: FleetForwarder, services: Mapping[str, Service]
+        self,
+        door: Doorkeeper,
+        fleet: FleetForwarder,
+        arrivals: Arrivals,
+        services: Mapping[str, Service],
     ) -> None:
         if set(services) != set(SERVICE_ROLES):
             raise ValueError("every method in the role table needs a handler, and no other has one")
         self._door = door
         self._fleet = fleet
+        self._arrivals = arrivals
         self._services = dict(services)
         self._server: grpc.aio.Server | None = None
 
@@ -132,6 +137,8 @@ class Gateway:
                     status, content = await self._fleet.forward(call, body, headers)
             except ConsiliumError as error:
                 return await _refuse(context, error)
+            if status == 200 and peer.member is not None and peer.member.node_id is not None:
+                self._arrivals.note(peer.member.node_id, call, body, content)
             if status != 200:
                 context.set_trailing_metadata(((HTTP_STATUS_KEY, str(status)),))
             return content

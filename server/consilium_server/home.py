@@ -79,9 +79,9 @@ class ServerHome:
         return self.path / "registry.db"
 
     @property
-    def superlink_database(self) -> Path:
-        """Flower's own state."""
-        return private_folder(self.path / "flower") / "superlink.db"
+    def flower(self) -> Path:
+        """Flower's own folder; nothing in it has to survive."""
+        return private_folder(self.path / "flower")
 
     @property
     def run(self) -> Path:
@@ -92,6 +92,11 @@ class ServerHome:
     def kick(self) -> Path:
         """Touched when messages wait for sites, so that held polls ask again at once."""
         return self.run / "kick"
+
+    @property
+    def arrived(self) -> Path:
+        """A file per node, touched when that node's reply has arrived whole."""
+        return private_folder(self.run / "arrived")
 
     @property
     def logs(self) -> Path:

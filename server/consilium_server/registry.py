@@ -191,6 +191,11 @@ class Registry:
             query = select(Member).where(Member.role == "site").order_by(Member.name)
             return list(session.scalars(query))
 
+    def set_node(self, name: str, node_id: int) -> None:
+        """Note the node id under which Flower knows a member now."""
+        with self.transaction() as session:
+            session.get_one(Member, name).node_id = str(node_id)
+
     def study(self, digest: str) -> StudyRow:
         """Return a study by its digest or an unambiguous beginning of it, or by its name.
 

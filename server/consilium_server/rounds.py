@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_POLL_SECONDS: Final = 0.05
+_POLL_SECONDS: Final = 0.01
+#: Asks the SuperLink this often for every reply, in case the gateway's word was missed, and looks
+#: whether sites have gone.
+_SAFETY_SECONDS: Final = 2.0
 #: Sites may come online this long before a round gives up; it is not counted as a failed attempt.
 _QUORUM_WAIT_SECONDS: Final = 120.0
 #: A round that misses its quorum is asked again this often; sites answer a repeated round from
@@ -175,6 +178,8 @@ class StudyRun:
         replies = Replies()
         waiting: dict[str, Participant] = {}
         deadline = time.monotonic() + self.study.federation.deadline_seconds
+        # Before anything is sent: the first site may answer while the last is still being asked.
+        sent_at = time.time_ns()
         for site in participants:
             message = Message(
                 content=to_site(
@@ -187,19 +192,32 @@ class StudyRun:
             )
             waiting[next(iter(self._grid.push_messages([message])))] = site
         self._home.kick.touch()
+        look_everywhere = time.monotonic() + _SAFETY_SECONDS
         while waiting and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-            gone = self._gone(list(waiting.values()))
+            everywhere = time.monotonic() > look_everywhere
+            if everywhere:
+                look_everywhere = time.monotonic() + _SAFETY_SECONDS
+                gone = self._gone(list(waiting.values()))
             for message_id, site in list(waiting.items()):
+                if not everywhere and not self._has_arrived(site, sent_at):
+                    continue
                 for reply in self._grid.pull_messages([message_id]):
                     del waiting[message_id]
                     self._take(reply, site, replies, mean, weights)
-                if message_id in waiting and site.name in gone:
+                if everywhere and message_id in waiting and site.name in gone:
                     del waiting[message_id]
                     replies.dropped[site.name] = "the site went away during the round"
         for site in waiting.values():
             replies.dropped[site.name] = "no reply before the deadline"
         return replies
+
+    def _has_arrived(self, site: Participant, since: int) -> bool:
+        """Return whether the gateway has seen a whole reply of the site since ``since`` (ns)."""
+        try:
+            return (self._home.arrived / str(site.node_id)).stat().st_mtime_ns >= since
+        except FileNotFoundError:
+            return False
 
     def _take(
         self,

@@ -9,12 +9,17 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from consilium_common.files import write_atomic
 from consilium_common.identity.authority import Authority, certificate_pem
-from consilium_common.identity.certificates import self_signed_loopback
+from consilium_common.identity.certificates import (
+    describe,
+    load_certificate,
+    self_signed_loopback,
+)
 from consilium_common.identity.keys import new_tls_key, save_private
 from consilium_common.processes import (
     Child,
@@ -23,8 +28,8 @@ from consilium_common.processes import (
     free_port,
     wait_for_port,
 )
-from consilium_server.fleet import FleetForwarder
-from consilium_server.flower_private import Control, superlink_command
+from consilium_server.fleet import Arrivals, FleetForwarder
+from consilium_server.flower_private import Control, node_key_bytes, superlink_command
 from consilium_server.gateway import Gateway
 from consilium_server.home import HOME_VARIABLE, ServerHome
 from consilium_server.peers import Doorkeeper
@@ -54,22 +59,31 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
     superlink_port = free_port()
     address = f"127.0.0.1:{superlink_port}"
     environment = {
-        **flower_environment(home.superlink_database.parent),
+        **flower_environment(home.flower),
         HOME_VARIABLE: str(home.path),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
+    ready = asyncio.Event()
+
+    async def prepare() -> None:
+        await wait_for_port(
+            superlink_port, timeout=_SUPERLINK_START_SECONDS, alive=lambda: superlink.alive
+        )
+        await asyncio.to_thread(_teach, registry, Control(address, certificate))
+        ready.set()
+
     superlink = Child(
         "superlink",
         superlink_command(
             port=superlink_port,
             certificate=certificate,
             key=key,
-            database=home.superlink_database,
             secret=secret,
         ),
         environment=environment,
         logs=home.logs,
         say=say,
+        after_start=prepare,
     )
     executor = Child(
         "executor",
@@ -82,15 +96,16 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
     fleet: FleetForwarder | None = None
     gateway: Gateway | None = None
     try:
-        await wait_for_port(
-            superlink_port, timeout=_SUPERLINK_START_SECONDS, alive=lambda: superlink.restarts < 2
-        )
+        await _first(ready.wait(), stop.wait())
         tasks.append(asyncio.create_task(executor.supervise()))
         fleet = FleetForwarder(f"https://{address}", certificate, home.kick)
-        control = Control(address, certificate)
-        _settle_interrupted(registry, control)
-        services = Services(registry, authority, control)
-        gateway = Gateway(Doorkeeper(authority.certificate, registry), fleet, services.table())
+        services = Services(registry, authority, Control(address, certificate))
+        gateway = Gateway(
+            Doorkeeper(authority.certificate, registry),
+            fleet,
+            Arrivals(home.arrived),
+            services.table(),
+        )
         await gateway.start(host, port, home.identity)
         status = {"pid": os.getpid(), "address": f"{host}:{port}"}
         write_atomic(home.run / "status.json", json.dumps(status).encode())
@@ -110,17 +125,32 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
                 await task
 
 
-def _settle_interrupted(registry: Registry, control: Control) -> None:
-    """Studies that ran when the aggregator went down stand still now: say so, and how to go on."""
+def _teach(registry: Registry, control: Control) -> None:
+    """Tell a SuperLink that has just started what it does not remember.
+
+    Every active site's key is registered anew. A study that ran stands still now: its state says
+    so, and how to go on.
+    """
+    for site in registry.sites():
+        if site.status == "active":
+            key = describe(load_certificate(site.certificate_pem.encode())).public_key
+            registry.set_node(site.name, control.register_node(node_key_bytes(key), site.name))
     for row in registry.studies():
         if row.state == "running":
-            if row.flower_run is not None:
-                control.stop_run(int(row.flower_run))
             registry.set_study_state(
                 row.digest,
                 "stopped",
                 "the aggregator was restarted; go on with `consilium study run`",
             )
+    control.close()
+
+
+async def _first(*waits: Coroutine[Any, Any, Any]) -> None:
+    """Wait for the first of several things."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 def _loopback_secrets(home: ServerHome) -> tuple[Path, Path, Path]:
