@@ -79,7 +79,11 @@ class Link:
         """Answer one HTTPS request of the SuperNode (ASGI)."""
         if scope["type"] != "http":
             return
-        status, content = await self._answer(scope, receive)
+        try:
+            status, content = await self._answer(scope, receive)
+        except asyncio.CancelledError:
+            # The site is stopping, and a call was held open: whoever asked is being stopped too.
+            status, content = 503, b""
         headers = [(b"content-type", PROTOBUF_MEDIA_TYPE.encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})

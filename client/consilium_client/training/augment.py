@@ -22,9 +22,9 @@ def augment(
     """
     dimensions = image.ndim - 1
     if settings.flip:
-        axes = [axis for axis in range(dimensions) if rng.random() < settings.flip]
+        axes = tuple(axis for axis in range(dimensions) if rng.random() < settings.flip)
         if axes:
-            image = np.flip(image, [axis + 1 for axis in axes])
+            image = np.flip(image, tuple(axis + 1 for axis in axes))
             label = None if label is None else np.flip(label, axes)
     if settings.rotate90 and rng.random() < settings.rotate90:
         # A quarter turn swaps the two axes, so only a half turn fits a patch that is not square.

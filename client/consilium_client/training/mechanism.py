@@ -182,19 +182,15 @@ class MechanismRun:
             _untrue("No step was made")
         if len(self._rates) > 1 or len(self._multipliers) > 1:
             _untrue("Sampling rate, clip norm or noise changed within the round")
-        rate, multiplier = self._rates.pop(), self._multipliers.pop()
-        self._rates.add(rate)
-        self._multipliers.add(multiplier)
+        (rate,), (multiplier,) = self._rates, self._multipliers
         # The squares of n standard Gaussian numbers sum to a chi-square of n degrees of freedom.
         noise = chi2(self._noise_values)
-        if not _FALSE_ALARM / 4 < noise.cdf(self._noise_squares) or not (
-            _FALSE_ALARM / 4 < noise.sf(self._noise_squares)
-        ):
+        least, most = noise.cdf(self._noise_squares), noise.sf(self._noise_squares)
+        if not (least > _FALSE_ALARM / 4 and most > _FALSE_ALARM / 4):
             _untrue("The noise in the released gradients has not the deviation it should have")
         draws = binom(self._candidates, rate)
-        if not _FALSE_ALARM / 4 < draws.cdf(self._drawn) or not (
-            _FALSE_ALARM / 4 < draws.sf(self._drawn - 1)
-        ):
+        least, most = draws.cdf(self._drawn), draws.sf(self._drawn - 1)
+        if not (least > _FALSE_ALARM / 4 and most > _FALSE_ALARM / 4):
             _untrue("Patients were not drawn at the sampling rate")
         return PrivacyEvent(sampling_rate=rate, noise_multiplier=multiplier, steps=self._steps)
 
@@ -231,8 +227,13 @@ def clipped_sum(chunks: Iterable[Any], clip_norm: float, size: int, device: str)
     return total, rows
 
 
-def require_truth(claimed: PrivacyEvent, realised: PrivacyEvent) -> None:
+def require_truth(claimed: PrivacyEvent, realised: PrivacyEvent) -> PrivacyEvent:
     """Stop unless what was done is what the ledger was charged for.
+
+    Returns
+    -------
+    PrivacyEvent
+        ``claimed``, to which ``realised`` is equal but for rounding (1e-9, relative).
 
     Raises
     ------
@@ -241,8 +242,9 @@ def require_truth(claimed: PrivacyEvent, realised: PrivacyEvent) -> None:
     """
     for name in ("sampling_rate", "noise_multiplier", "steps"):
         told, done = getattr(claimed, name), getattr(realised, name)
-        if abs(told - done) > _ROUNDING * abs(told):
+        if not abs(told - done) <= _ROUNDING * told:
             _untrue(f"The charge says {name} {told:g} and the round really used {done:g}")
+    return claimed
 
 
 def _untrue(what: str) -> NoReturn:

@@ -52,8 +52,7 @@ def run_private(
         optimiser.step()
         if progress is not None:
             progress(step + 1, training.steps_per_round)
-    realised = run.realised()
-    require_truth(parameters.event_per_round, realised)
+    realised = require_truth(parameters.event_per_round, run.realised())
     finite = [loss for loss in engine.losses if np.isfinite(loss)]
     return (float(np.mean(finite)) if finite else float("nan")), realised
 

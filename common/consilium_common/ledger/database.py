@@ -189,3 +189,18 @@ def _not_written(path: Path, why: str) -> ConsiliumError:
         where=str(path),
         hint="Free space on the disk and check the folder's permissions, then try again.",
     )
+
+
+def read_lines(db: sqlite3.Connection, path: Path) -> Iterator[bytes]:
+    """Yield the stored bytes of every entry in order, unchecked."""
+    with sqlite_errors(path, writing=False):
+        cursor = db.execute("SELECT line FROM entry ORDER BY sequence")
+        while rows := cursor.fetchmany(1000):
+            for (line,) in rows:
+                yield as_bytes(line)
+
+
+def as_bytes(line: object) -> bytes:
+    """Return a stored line; empty bytes for anything else."""
+    # A damaged row may hold anything; what is not bytes cannot pass the checks that follow.
+    return line if isinstance(line, bytes) else b""

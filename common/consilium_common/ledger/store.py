@@ -15,10 +15,12 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.ledger.chain import BrokenChainError, take
 from consilium_common.ledger.database import (
+    as_bytes,
     connect_reader,
     connect_writer,
     corrupt,
     immediate,
+    read_lines,
     sqlite_errors,
 )
 from consilium_common.ledger.entries import (
@@ -384,7 +386,7 @@ class Ledger:
         last: Entry | None = None
         for (line,) in rows:
             try:
-                last = take(_bytes(line), state, None)
+                last = take(as_bytes(line), state, None)
             except BrokenChainError as error:
                 raise corrupt(self.path, str(error)) from error
             self._head_line = line
@@ -429,20 +431,6 @@ class Ledger:
             where=str(self.path),
             hint="Send the update that was released first, or charge the round anew.",
         )
-
-
-def read_lines(db: sqlite3.Connection, path: Path) -> Iterator[bytes]:
-    """Yield the stored bytes of every entry in order, unchecked."""
-    with sqlite_errors(path, writing=False):
-        cursor = db.execute("SELECT line FROM entry ORDER BY sequence")
-        while rows := cursor.fetchmany(1000):
-            for (line,) in rows:
-                yield _bytes(line)
-
-
-def _bytes(line: object) -> bytes:
-    # A damaged row may hold anything; what is not bytes cannot pass the checks that follow.
-    return line if isinstance(line, bytes) else b""
 
 
 def _parsed(line: bytes, path: Path) -> Entry:

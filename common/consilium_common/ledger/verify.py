@@ -12,7 +12,7 @@ from consilium_common.ledger.chain import BrokenChainError, Problem, take
 from consilium_common.ledger.database import connect_reader
 from consilium_common.ledger.entries import Entry, Head
 from consilium_common.ledger.state import LedgerState
-from consilium_common.ledger.store import read_lines
+from consilium_common.ledger.database import read_lines
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
