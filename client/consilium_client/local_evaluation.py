@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilium_client.home import SiteHome
-from consilium_client.training.cases import PatientCohort
+from consilium_client.training.cases import Array, PatientCohort
 from consilium_client.training.evaluation import Evaluation
 from consilium_client.training.session import TrainingSession
 from consilium_common.files import private_folder, write_atomic
 from consilium_common.models.weights import unpack
+from consilium_common.study import Study
 
 _PICTURES = 2
 
@@ -81,5 +82,20 @@ def _write_pictures(
     cases = [case for patient in cohort.patients("test") for case in patient.cases]
     for index, case in enumerate(cases[:_PICTURES]):
         prediction = session.predict(tensors, case)
-        picture = slice_picture(case.image(), case.label(), prediction, study.task.classes)
+        picture = slice_picture(
+            _as_radiologists_look(case.image(), study, leading=1),
+            _as_radiologists_look(case.label(), study),
+            _as_radiologists_look(prediction, study),
+            study.task.classes,
+            spacing=study.preprocessing.spacing,
+        )
         write_atomic(folder / f"case-{index + 1}.png", picture)
+
+
+def _as_radiologists_look(array: Array, study: Study, *, leading: int = 0) -> Array:
+    """Turn an array so that a picture shows the patient's right on the left, and the front above.
+
+    A picture's first axis runs to the right and its second upwards; ``leading`` axes come before.
+    """
+    turned = {"RAS": leading, "LPS": leading + 1}.get(study.preprocessing.orientation)
+    return array if turned is None else np.flip(array, turned)
