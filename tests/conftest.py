@@ -47,9 +47,16 @@ def _cuda() -> bool:
 
 @pytest.fixture(scope="session")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """A running aggregator with three running hospitals; every test leaves it so."""
+    """A running aggregator with three running hospitals; every test finds it so."""
     from federation import Federation, add_hospitals
 
     with Federation(tmp_path_factory.mktemp("federation")) as running:
         add_hospitals(running)
         yield running
+
+
+@pytest.fixture(autouse=True)
+def _all_running(request: pytest.FixtureRequest) -> None:
+    """Start again what an earlier test has killed or stopped."""
+    if "federation" in request.fixturenames:
+        request.getfixturevalue("federation").heal()

@@ -25,7 +25,8 @@ from consilium_common.wire.messages import instructions_of
 _log = logging.getLogger(__name__)
 
 #: Asks this often without being woken, in case a wake-up was lost.
-_IDLE_SECONDS: Final = 1.0
+#: A task that is taken while its message is still coming waits a second in Flower: seldom.
+_IDLE_SECONDS: Final = 4.0
 #: After a wake-up the task may be a moment away.
 _EAGER_SECONDS: Final = 1.0
 _EAGER_PAUSE: Final = 0.02
@@ -49,7 +50,7 @@ def main(address: str, secret_file: str) -> None:
     while True:
         token = source.acquire()
         if token is not None:
-            _run(home, address, token)
+            _run(home, address, token, wake)
             eager_until = 0.0
             continue
         if time.monotonic() < eager_until:
@@ -63,13 +64,15 @@ def main(address: str, secret_file: str) -> None:
             _end_workers_of_ended_studies(home)
 
 
-def _run(home: SiteHome, address: str, token: str) -> None:
+def _run(home: SiteHome, address: str, token: str, wake: socket.socket) -> None:
     from consilium_client.app import app
     from consilium_client.flower_private import run_client_task
 
     store = StudyStore(home)
 
     def permit(message: Any, reply: Any, object_ids: list[str]) -> None:
+        # One message at a time: what woke us up to now was about this one.
+        _forget_wake_ups(wake)
         if reply.has_error():
             store.permit_outgoing(object_ids, "", None, "error")
         else:
@@ -86,6 +89,8 @@ def _run(home: SiteHome, address: str, token: str) -> None:
     except Exception:
         # The SuperNode reports the task as crashed; the next one must still be served.
         _log.exception("a task failed")
+    finally:
+        home.replied.touch()
 
 
 def _end_workers_of_ended_studies(home: SiteHome) -> None:
@@ -94,6 +99,13 @@ def _end_workers_of_ended_studies(home: SiteHome) -> None:
 
     with contextlib.suppress(OSError, ValueError):
         pool().end_all_but(set(json.loads(home.running.read_text(encoding="utf-8"))))
+
+
+def _forget_wake_ups(wake: socket.socket) -> None:
+    wake.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            wake.recv(16)
 
 
 def _wake_socket(home: SiteHome) -> socket.socket:

@@ -94,6 +94,11 @@ class SiteHome:
         return private_folder(self.path / "logs")
 
     @property
+    def replied(self) -> Path:
+        """Touched when a task has replied, so that the link lets the SuperNode send it at once."""
+        return self.run / "replied"
+
+    @property
     def wake_socket(self) -> Path:
         """Socket on which the executor hears that a message has arrived.
 

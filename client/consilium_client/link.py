@@ -50,6 +50,9 @@ _HELLO_SECONDS: Final = 2.0
 _PROGRESS_SECONDS: Final = 0.5
 #: A SuperNode gives a call up after 30 s; a held PullMessages ends before that.
 _CALL_SECONDS: Final = 29.0
+#: So long a SuperNode's call is held while its task works; below the 30 s after which it gives up.
+_REPLY_SECONDS: Final = 15.0
+_REPLY_POLL_SECONDS: Final = 0.01
 
 
 class Link:
@@ -73,6 +76,7 @@ class Link:
         self._wake = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._wake.setblocking(False)
         self._connected: bool | None = None
+        self._replied_before = 0
         self._running: list[str] | None = None
 
     async def application(self, scope: Any, receive: Any, send: Any) -> None:
@@ -133,8 +137,11 @@ class Link:
         if status == 200 and call == "ActivateNode":
             node = {"node_id": activated_node(content)}
             (self._home.run / "node.json").write_text(json.dumps(node), encoding="utf-8")
+        if call == "PullMessages":
+            self._replied_before = self._replied_at()
         if call == "ConfirmMessageReceived":
             self._wake_executor()
+            await self._until_replied()
         return status, content
 
     def _failed(self, error: Any) -> int:
@@ -218,6 +225,22 @@ class Link:
             temporary = path.with_suffix(".new")
             temporary.write_text(json.dumps(digests), encoding="utf-8")
             temporary.replace(path)
+
+    async def _until_replied(self) -> None:
+        """Hold the SuperNode's call until its task has replied, for a while.
+
+        A SuperNode looks for the reply right after this call, and then every half second only.
+        """
+        clock = asyncio.get_running_loop().time
+        end = clock() + _REPLY_SECONDS
+        while self._replied_at() == self._replied_before and clock() < end:
+            await asyncio.sleep(_REPLY_POLL_SECONDS)
+
+    def _replied_at(self) -> int:
+        try:
+            return self._home.replied.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def _wake_executor(self) -> None:
         with contextlib.suppress(OSError):

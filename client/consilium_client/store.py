@@ -120,13 +120,15 @@ class StudyStore:
     ) -> StoredUpdate:
         """Store an update durably, before it may leave. A round has one update for ever."""
         update = StoredUpdate(digest, round_index, hashlib.sha256(blob).hexdigest(), figures, blob)
-        write_atomic(self._update_file(digest, round_index), blob)
         try:
             with self._connect() as connection:
                 connection.execute(
                     "INSERT INTO updates VALUES (?,?,?,?,?,?)",
                     (digest, round_index, update.sha256, len(blob), json.dumps(figures), _now()),
                 )
+                # Before the row is committed and after it was accepted: a second update of a round
+                # must not overwrite the first, and a row must never be without its file.
+                write_atomic(self._update_file(digest, round_index), blob)
         except sqlite3.IntegrityError as error:
             raise ConsiliumError(
                 "privacy.second-update", "A different update was stored for this round already."

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.models.weights import pack, unpack
 
@@ -31,11 +32,25 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """Read the last checkpoint; None before the first round."""
+    """Read the last checkpoint; None before the first round.
+
+    Raises
+    ------
+    ConsiliumError
+        ``state.checkpoint`` for a damaged file: a study never silently begins anew.
+    """
     if not _path(folder).exists():
         return None
-    tensors = unpack(_path(folder).read_bytes())
-    rounds = int(tensors.pop(_ROUND)[0])
+    try:
+        tensors = unpack(_path(folder).read_bytes())
+        rounds = int(tensors.pop(_ROUND)[0])
+    except (OSError, KeyError, IndexError, ConsiliumError) as error:
+        raise ConsiliumError(
+            "state.checkpoint",
+            "The study's checkpoint is damaged or cannot be read.",
+            where=str(_path(folder)),
+            hint="Restore it from your backup; a study is never begun anew by itself.",
+        ) from error
     return Checkpoint(rounds, tensors)
 
 

@@ -125,7 +125,7 @@ class Running:
             self._start = stream.tell()
             key, _, value = self._mark.decode().partition("=")
             self._process = subprocess.Popen(
-                [CONSILIUM, *map(str, arguments)],
+                [CONSILIUM, "--debug", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
@@ -270,7 +270,6 @@ class Federation:
         self.address = f"127.0.0.1:{self.port}"
         self.sites: dict[str, Site] = {}
         self.running: Running | None = None
-        self._all: list[Running] = []
 
     def __enter__(self) -> Federation:
         self.server("init", "--address", self.address, "--name", "tests").data  # noqa: B018
@@ -278,11 +277,8 @@ class Federation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for site in self.sites.values():
-            if site.running is not None:
-                site.running.clean()
-        if self.running is not None:
-            self.running.clean()
+        for holder in (*self.sites.values(), self):
+            self._clean(holder)
 
     def server(self, *arguments: object) -> Answer:
         """Run ``consilium server …``."""
@@ -299,6 +295,23 @@ class Federation:
             self.folder / "aggregator.log",
         )
         self.running.wait_until_says("listens on")
+
+    def heal(self) -> None:
+        """Start what does not run of the aggregator and the three hospitals."""
+        if self.running is None or self.running.ended():
+            self._clean(self)
+            self.start()
+        for name in NAMES:
+            site = self.sites.get(name)
+            if site is not None and (site.running is None or site.running.ended()):
+                self._clean(site)
+                site.start()
+
+    @staticmethod
+    def _clean(holder: Federation | Site) -> None:
+        if holder.running is not None:
+            holder.running.clean()
+            holder.running = None
 
     def kill(self) -> None:
         """Kill the aggregator's whole tree with SIGKILL."""

@@ -18,12 +18,12 @@ from training_samples import (
     segmentation_study,
 )
 
-from consilium_client.training.compute import choose_compute
+from consilium_client.training.compute import Compute, choose_compute
 from consilium_client.training.losses import build_loss, one_hot
 from consilium_client.training.optimiser import learning_rate
 from consilium_client.training.session import TrainingSession
 from consilium_common.errors import ConsiliumError
-from consilium_common.models.registry import initial_weights
+from consilium_common.models.registry import build_network, initial_weights
 from consilium_common.privacy.accounting import parameters
 from consilium_common.study import Study
 from consilium_common.study.schema import Optimiser
@@ -375,6 +375,19 @@ def test_bfloat16_trains_and_gives_float32_weights_back() -> None:
     result = session.train(initial_weights(study), 0, 6)
     assert {tensor.dtype for tensor in result.tensors.values()} == {np.dtype("float32")}
     assert session.evaluate(result.tensors, "test").mean_dice is not None
+
+
+def test_the_channels_last_layout_changes_no_result() -> None:
+    study = segmentation_study()
+    torch.manual_seed(0)
+    network, images = build_network(study).eval(), torch.randn(2, 1, 16, 16, 16)
+    expected = network(images)
+    compute = Compute("cpu", "float32", channels_last=True)
+    placed = compute.place(network)
+    found = placed(compute.place(images))
+    kernel = next(p for p in placed.parameters() if p.dim() == 5 and p.shape[1] > 1)
+    assert kernel.is_contiguous(memory_format=torch.channels_last_3d)
+    assert torch.allclose(expected, found, atol=1e-5)
 
 
 @pytest.mark.gpu

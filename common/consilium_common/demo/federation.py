@@ -22,7 +22,7 @@ from consilium_common.study.load import load_study
 MARKER: Final = ".consilium-demo"
 STUDY: Final = Path(__file__).parent / "study.yaml"
 #: Few enough to write in seconds, enough that learning survives the noise.
-_PATIENTS: Final = (40, 30, 30)
+_PATIENTS: Final = (56, 42, 42)
 _ONLINE_SECONDS: Final = 120.0
 
 

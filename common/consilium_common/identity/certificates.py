@@ -20,8 +20,8 @@ from consilium_common.identity.keys import PublicKey, public_fingerprint
 #: aggregator can move without new certificates. No other role is ever issued it.
 SERVER_NAME = "aggregator.consilium.internal"
 
-_NAME = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
-_URN = re.compile(r"^urn:consilium:([0-9a-f]{16}):([a-z]+):([a-z0-9-]+)$")
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_URN = re.compile(r"urn:consilium:([0-9a-f]{16}):([a-z]+):([a-z0-9-]+)")
 
 
 class Role(StrEnum):
@@ -58,7 +58,7 @@ class Certified:
 
 def check_name(name: str) -> str:
     """Return ``name`` if it can stand in a certificate, or raise ``identity.bad-name``."""
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):
         raise ConsiliumError(
             "identity.bad-name",
             f"{name!r} is not a valid name.",
@@ -113,7 +113,7 @@ def describe(certificate: x509.Certificate) -> Certified:
     except x509.ExtensionNotFound:
         names = x509.SubjectAlternativeName([])
     for value in names.get_values_for_type(x509.UniformResourceIdentifier):
-        match = _URN.match(value)
+        match = _URN.fullmatch(value)
         if match and match[2] in set(Role):
             return Certified(
                 consortium=match[1],
