@@ -109,11 +109,13 @@ def study_view(data: dict[str, Any]) -> RenderableType:
         parts += [Text(), table]
     if data["evaluation"]:
         parts += [Text(), Text(evaluation_line(data["evaluation"]))]
-    parts += [
-        Text(),
-        ProgressBar(total=data["rounds_planned"], completed=len(rounds), width=60),
-        Text(f"round {len(rounds)} of {data['rounds_planned']} · {data['state']} {data['reason']}"),
-    ]
+    # A bar ends without a line break of its own; rows of a grid have one.
+    end = Table.grid()
+    end.add_row(ProgressBar(total=data["rounds_planned"], completed=len(rounds), width=60))
+    end.add_row(
+        Text(f"round {len(rounds)} of {data['rounds_planned']} · {data['state']} {data['reason']}")
+    )
+    parts += [Text(), end]
     return Panel(Group(*parts), title=f"{data['name']} · {data['digest'][:12]}", title_align="left")
 
 
