@@ -84,7 +84,11 @@ class EgressGate:
         update = self._store.update(digest, round_index)
         if self._ledger is None:
             # Kept open: opening reads the whole chain, later looks read what was appended.
-            self._ledger = Ledger.open(self._home.ledger, site=self._site)
+            try:
+                self._ledger = Ledger.open(self._home.ledger, site=self._site)
+            except ConsiliumError as error:
+                _log.error("%s", error)
+                raise self._refusal("an update while the ledger cannot be read") from error
         charge = self._ledger.find_charge(digest, round_index)
         if update is None or charge is None or charge.update != update.sha256:
             raise self._refusal("an update that the ledger has not charged")

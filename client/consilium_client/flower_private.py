@@ -211,17 +211,24 @@ def run_client_task(
         push_task_output,
     )
 
-    client = RuntimeHttpClient.from_server_address(
-        server_address=address,
-        insecure=True,
-        root_certificates=None,
-        interceptors=[
-            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
-            RuntimeTokenHttpInterceptor(token),
-        ],
-        retry_invoker=make_simple_http_retry_invoker(),
-    )
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    retry = make_simple_http_retry_invoker()
+
+    def connect(invoker: Any) -> Any:
+        return RuntimeHttpClient.from_server_address(
+            server_address=address,
+            insecure=True,
+            root_certificates=None,
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
+                RuntimeTokenHttpInterceptor(token),
+            ],
+            retry_invoker=invoker,
+        )
+
+    client = connect(retry)
+    # Without a retry of its own: the sender tries again, and can be stopped while it waits.
+    pulse = connect(None)
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(pulse))
     heartbeat.start()
     status, details = SubStatus.FAILED, "the client application failed"
     try:
@@ -245,8 +252,11 @@ def run_client_task(
         push_message(client, reply, context)
         status, details = SubStatus.COMPLETED, ""
     finally:
+        # Once: a SuperNode that is gone does not know this task when it comes back.
+        retry.max_tries = 1
         push_task_output(client, None, status, details)
         heartbeat.stop()
+        pulse.close()
         client.close()
 
 
