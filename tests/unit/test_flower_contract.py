@@ -1,0 +1,356 @@
+"""What we use of Flower's private interface is there, and means what we take it to mean.
+
+A failure here says that the installed Flower release changed something under us. Do not loosen the
+test: read the named module of Flower, then mend ``flower_private.py`` or ``flower_bundle.py``.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib
+import inspect
+import io
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flower_imports import FlowerImport, flower_imports
+
+from consilium_client import flower_private as client_private
+from consilium_common.flower_bundle import bundle, bundle_hash
+from consilium_common.identity.keys import new_tls_key, openssh_pem
+from consilium_common.wire.methods import (
+    FLEET_HEADER_PREFIX,
+    FLEET_PATHS,
+    FLEET_SERVICE,
+    MAX_MESSAGE_BYTES,
+    PROTOBUF_MEDIA_TYPE,
+)
+from consilium_server import flower_private as server_private
+
+PRIVATE = sorted({i for i in flower_imports() if i.private}, key=str)
+
+
+@pytest.mark.parametrize("used", PRIVATE, ids=lambda used: f"{used.module}.{used.name}")
+def test_every_private_name_exists(used: FlowerImport) -> None:
+    module = importlib.import_module(used.module)
+    if used.name and not hasattr(module, used.name):
+        importlib.import_module(f"{used.module}.{used.name}")
+
+
+# --- names, paths and constants ----------------------------------------------------------------
+
+
+def test_the_fleet_calls_are_those_of_flowers_service() -> None:
+    from flwr.proto import fleet_pb2
+
+    service = fleet_pb2.DESCRIPTOR.services_by_name["Fleet"]
+    assert service.full_name == FLEET_SERVICE
+    assert {method.name for method in service.methods} == set(FLEET_PATHS)
+
+
+def test_the_superlink_serves_the_fleet_calls_under_our_paths() -> None:
+    from flwr.superlink.routers.fleet.router import router
+
+    served = {(route.path, method) for route in router.routes for method in route.methods}
+    assert served == {(f"/v1/fleet/{path}", "POST") for path in FLEET_PATHS.values()}
+
+
+def test_the_gateway_parses_each_fleet_request_as_the_superlink_does() -> None:
+    from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+
+    node = {"node_id": 77}
+    for call, path in FLEET_PATHS.items():
+        kind = PROTOBUF_REQUEST_TYPES["POST", f"/v1/fleet/{path}"]
+        if call in ("RegisterNode", "ActivateNode"):
+            assert server_private.claimed_node(call, kind(public_key=b"k").SerializeToString()) == (
+                b"k"
+            )
+        elif call in ("DeactivateNode", "UnregisterNode"):
+            assert server_private.claimed_node(call, kind(**node).SerializeToString()) == 77
+        else:
+            assert server_private.claimed_node(call, kind(node=node).SerializeToString()) == 77
+            assert server_private.claimed_node(call, b"") is None
+
+
+def test_media_type_and_headers_of_node_authentication() -> None:
+    from flwr.common.constant import TIMESTAMP_HEADER
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+    from flwr.supercore.protobuf import constants
+
+    assert constants.PROTOBUF_MEDIA_TYPE == PROTOBUF_MEDIA_TYPE
+    # The gateway reads the key under this name.
+    assert FLEET_HTTP_PUBLIC_KEY_HEADER == "flwr-public-key"
+    for header in (TIMESTAMP_HEADER, FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER):
+        assert header.startswith(FLEET_HEADER_PREFIX)
+
+
+def test_the_words_of_a_crashed_task_are_those_the_egress_gate_lets_out() -> None:
+    from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
+
+    assert CLIENT_APP_CRASHED_ERROR.reason == client_private.CRASHED_REASON
+
+
+def test_a_chunk_of_flowers_fits_into_a_message() -> None:
+    from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+
+    assert FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE < MAX_MESSAGE_BYTES - 64 * 1024
+
+
+def test_a_supernode_waits_longer_for_an_answer_than_the_gateway_holds_a_pull() -> None:
+    from flwr.supercore.protobuf import client
+
+    from consilium_client.link import _CALL_SECONDS
+    from consilium_server.fleet import HOLD_SECONDS
+
+    timeouts = [
+        inspect.signature(found).parameters["timeout"].default
+        for found in vars(client).values()
+        if inspect.isclass(found)
+        and found.__module__ == client.__name__
+        and "timeout" in inspect.signature(found).parameters
+    ]
+    assert len(timeouts) == 1
+    assert HOLD_SECONDS < _CALL_SECONDS < timeouts[0]
+
+
+# --- signatures and behaviour ------------------------------------------------------------------
+
+
+def takes(function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+    """Assert that a function can be called so."""
+    inspect.signature(function).bind(*arguments, **named)
+
+
+def test_clients_are_made_as_we_make_them() -> None:
+    from flwr.supercore.control.control_http_client import ControlHttpClient
+    from flwr.supercore.interceptors import (
+        RuntimeTokenHttpInterceptor,
+        RuntimeVersionHttpInterceptor,
+        SuperExecAuthHttpInterceptor,
+    )
+    from flwr.supercore.retry import make_simple_http_retry_invoker
+    from flwr.supercore.runtime import RuntimeHttpClient
+    from flwr.superlink.grid import HttpGrid
+
+    takes(
+        ControlHttpClient.from_server_address,
+        "127.0.0.1:1",
+        insecure=False,
+        root_certificates="path",
+        interceptors=[],
+    )
+    for call in ("RegisterNode", "UnregisterNode", "ListNodes", "StartRun", "StopRun"):
+        assert callable(getattr(ControlHttpClient, call))
+    takes(
+        RuntimeHttpClient.from_server_address,
+        server_address="127.0.0.1:1",
+        insecure=True,
+        root_certificates=None,
+        interceptors=[],
+        retry_invoker=make_simple_http_retry_invoker(),
+    )
+    for call in ("AcquireTask", "PullTaskInput", "PushTaskOutput", "PushMessages", "PullMessages"):
+        assert callable(getattr(RuntimeHttpClient, call))
+    takes(RuntimeVersionHttpInterceptor, component_name="x")
+    takes(RuntimeTokenHttpInterceptor, "token")
+    takes(
+        SuperExecAuthHttpInterceptor,
+        master_secret=b"s",
+        protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"}),
+    )
+    takes(HttpGrid, "127.0.0.1:1", insecure=False, root_certificates=b"pem", token="t")
+    grid = HttpGrid("127.0.0.1:1", insecure=True, token="t")
+    assert isinstance(grid._runtime_client, RuntimeHttpClient)
+    grid.close()
+
+
+def test_task_functions_are_called_as_flower_calls_them() -> None:
+    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+    from flwr.supernode.runtime.run_clientapp import (
+        pull_task_input,
+        push_message,
+        push_task_output,
+    )
+
+    takes(pull_task_input, "client")
+    takes(push_message, "client", "reply", "context")
+    takes(push_task_output, "client", None, "status", "details")
+    takes(HeartbeatSender, make_task_heartbeat_fn_http("client"))  # type: ignore[arg-type]
+
+
+def test_a_task_is_acquired_by_the_method_whose_secret_is_checked() -> None:
+    from flwr.supercore.runtime import runtime_http_client
+
+    assert "/flwr.proto.Runtime/AcquireTask" in inspect.getsource(runtime_http_client)
+
+
+def test_a_grid_sends_and_receives_as_the_round_loop_does() -> None:
+    from flwr.serverapp import Grid
+
+    takes(Grid.push_messages, None, [])
+    takes(Grid.pull_messages, None, ["id"])
+    takes(Grid.get_node_ids, None)
+
+
+@pytest.mark.parametrize("side", ["superlink", "supernode"])
+def test_flowers_own_parser_takes_our_command_line(
+    side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pem = tmp_path / "file.pem"
+    if side == "superlink":
+        module = importlib.import_module("flwr.superlink.cli.flower_superlink")
+        parser = module._parse_args_run_superlink()
+        command = server_private.superlink_command(port=1, certificate=pem, key=pem, secret=pem)
+    else:
+        module = importlib.import_module("flwr.supernode.cli.flower_supernode")
+        parser = module._parse_args_run_supernode()
+        command = client_private.supernode_command(
+            link_port=1, link_certificate=pem, runtime_port=2, key=pem, secret=pem
+        )
+    assert Path(command[0]).is_file()
+    parsed = parser.parse_args(command[1:])
+    assert parsed.host == "127.0.0.1"
+    assert parsed.isolation == "process"
+    assert str(parsed.superexec_auth_secret_file) == str(pem)
+    if side == "superlink":
+        assert parsed.enable_supernode_auth is True
+        assert not getattr(parsed, "insecure", False)
+        assert parsed.runtime_dependency_install is False
+    else:
+        assert str(parsed.auth_supernode_private_key) == str(pem)
+        assert parsed.superlink == "127.0.0.1:1"
+
+
+def test_a_supernode_reads_our_key_file_and_has_our_nodes_key(tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+
+    key = new_tls_key()
+    loaded = load_ssh_private_key(openssh_pem(key), None)
+    assert loaded.private_numbers() == key.private_numbers()  # type: ignore[union-attr]
+
+    headers = dict(client_private.node_headers(key))
+    public = base64.b64decode(headers["flwr-public-key"])
+    assert public == server_private.node_key_bytes(key.public_key())
+    assert headers["flwr-public-key"] == server_private.public_key_header(key.public_key())
+    signature = base64.b64decode(headers["flwr-signature"])
+    moment = headers["flwr-timestamp"].encode("ascii")
+    assert verify_signature(bytes_to_public_key(public), moment, signature)
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower reads the run of a new message from the task of the process."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("_task_id", "_run_id", "_node_id"):
+        assert hasattr(TaskIdentity, name)
+        monkeypatch.setattr(TaskIdentity, name, 3)
+
+
+@pytest.mark.usefixtures("task")
+def test_an_object_is_named_by_the_sha256_of_its_content() -> None:
+    from flwr.app import Message
+    from flwr.supercore.inflatable.inflatable_object import (
+        get_all_nested_objects,
+        get_object_tree,
+        iterate_object_tree,
+    )
+
+    message = Message(content=_content(), dst_node_id=1, message_type="train")
+    objects = get_all_nested_objects(message)
+    assert {tree.object_id for tree in iterate_object_tree(get_object_tree(message))} == set(
+        objects
+    )
+    for object_id, found in objects.items():
+        assert hashlib.sha256(found.deflate()).hexdigest() == object_id
+    # Its own id is in the metadata of a reply before it is pushed.
+    message.metadata.__dict__["_message_id"] = message.object_id
+    assert message.metadata.message_id == message.object_id
+
+
+@pytest.mark.usefixtures("task")
+def test_a_reply_is_announced_and_pushed_as_the_link_reads_it() -> None:
+    from flwr.app import Error, Message
+    from flwr.app.message import remove_content_from_message
+    from flwr.common.serde import message_to_proto
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
+    from flwr.proto.message_pb2 import PushObjectRequest
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+
+    asked = Message(content=_content(), dst_node_id=1, message_type="train")
+    asked.metadata.__dict__["_message_id"] = asked.object_id
+    for reply, reason in (
+        (Message(content=_content(), reply_to=asked), None),
+        (Message(Error(code=7, reason="words"), reply_to=asked), "words"),
+    ):
+        request = PushMessagesRequest(
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
+            message_object_trees=[get_object_tree(reply)],
+            clientapp_runtime_list=[12.5],
+        )
+        push = client_private.read_push(request.SerializeToString())
+        assert push.error_reason == reason
+        assert set(push.object_ids) == set(get_all_nested_objects(reply))
+        # How long the app ran depends on the data.
+        assert list(PushMessagesRequest.FromString(push.body).clientapp_runtime_list) == [0.0]
+    body = PushObjectRequest(object_id="id", object_content=b"content").SerializeToString()
+    assert client_private.read_push_object(body) == ("id", b"content")
+
+
+def test_a_held_pull_sees_whether_a_message_came() -> None:
+    from flwr.proto.fleet_pb2 import PullMessagesResponse
+    from flwr.proto.message_pb2 import Message
+
+    assert not server_private.has_message(PullMessagesResponse().SerializeToString())
+    full = PullMessagesResponse(messages_list=[Message()])
+    assert server_private.has_message(full.SerializeToString())
+
+
+def _content() -> Any:
+    from consilium_common.wire.messages import Instructions, to_site
+
+    return to_site(Instructions("d" * 64, 0, 5), b"weights")
+
+
+# --- the bundle --------------------------------------------------------------------------------
+
+
+def test_the_bundle_is_small_carries_no_code_and_is_the_same_every_time() -> None:
+    content = bundle()
+    assert len(content) < 2048
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = archive.namelist()
+    assert not [name for name in names if name.endswith((".py", ".so", ".pyc", ".pkl"))]
+    bundle.cache_clear()
+    assert bundle() == content
+    assert bundle_hash() == hashlib.sha256(content).hexdigest()
+
+
+def test_the_bundle_hash_is_the_same_in_another_process() -> None:
+    import subprocess
+
+    program = "from consilium_common.flower_bundle import bundle_hash; print(bundle_hash())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == bundle_hash()
+
+
+def test_flower_takes_the_bundle_and_finds_our_components() -> None:
+    from flwr.cli.config_utils import get_fab_config
+
+    config = get_fab_config(bundle())
+    components = config["tool"]["flwr"]["app"]["components"]
+    assert components == {
+        "serverapp": "consilium_server.app:app",
+        "clientapp": "consilium_client.app:app",
+    }
+    for reference in components.values():
+        module, _, name = reference.partition(":")
+        assert hasattr(importlib.import_module(module), name)

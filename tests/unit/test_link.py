@@ -1,0 +1,313 @@
+"""The link forwards the Fleet calls, lets out what the gate permits, and answers nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from site_samples import JoinedSite, joined_site
+
+from consilium_client.link import Link
+from consilium_common.canonical import canonical_json
+from consilium_common.errors import ConsiliumError
+from consilium_common.wire.methods import ERROR_KEY, FLEET_PATHS, MAX_MESSAGE_BYTES
+
+
+class Aggregator:
+    """Stands in for the channel: keeps what was sent and answers as it is told."""
+
+    def __init__(self, answer: bytes | Exception = b"answer", **trailing: str) -> None:
+        self.answer = answer
+        self.trailing = trailing
+        self.calls: list[tuple[str, bytes, list[tuple[str, str]]]] = []
+
+    def unary_unary(self, method: str) -> Callable[..., Any]:
+        def invoke(body: bytes, *, metadata: Any = (), timeout: float) -> Call:
+            self.calls.append((method, body, list(metadata)))
+            return Call(self)
+
+        return invoke
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class Call:
+    def __init__(self, aggregator: Aggregator) -> None:
+        self._aggregator = aggregator
+
+    def __await__(self) -> Any:
+        return self._answer().__await__()
+
+    async def _answer(self) -> bytes:
+        if isinstance(self._aggregator.answer, Exception):
+            raise self._aggregator.answer
+        return self._aggregator.answer
+
+    async def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        return tuple((key.replace("_", "-"), v) for key, v in self._aggregator.trailing.items())
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> JoinedSite:
+    return joined_site(tmp_path / "site")
+
+
+def ask(
+    site: JoinedSite,
+    path: str,
+    body: bytes = b"",
+    *,
+    aggregator: Aggregator | None = None,
+    method: str = "POST",
+    headers: dict[str, str] | None = None,
+    meanwhile: Callable[[Link], Awaitable[None]] | None = None,
+) -> tuple[int, bytes, list[str]]:
+    """Send the link one HTTP request; return status, body, and what it told the operator."""
+    said: list[str] = []
+
+    async def scenario() -> tuple[int, bytes]:
+        link = Link(site.home, site.identity, said.append)
+        await link._channel.close()
+        link._channel = aggregator or Aggregator()
+        scope = {
+            "type": "http",
+            "path": path,
+            "method": method,
+            "headers": [(k.encode(), v.encode()) for k, v in (headers or {}).items()],
+        }
+        half = len(body) // 2
+        events = [
+            {"type": "http.request", "body": body[:half], "more_body": True},
+            {"type": "http.request", "body": body[half:]},
+        ]
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return events.pop(0)
+
+        async def send(event: dict[str, Any]) -> None:
+            sent.append(event)
+
+        serving = asyncio.create_task(link.application(scope, receive, send))
+        if meanwhile is not None:
+            await meanwhile(link)
+        await asyncio.wait_for(serving, 10)
+        await link.close()
+        return sent[0]["status"], sent[1]["body"]
+
+    return (*asyncio.run(scenario()), said)
+
+
+def test_every_fleet_call_but_the_judged_ones_passes_as_it_is(site: JoinedSite) -> None:
+    for call, path in FLEET_PATHS.items():
+        if call in ("PushMessages", "PushObject", "ActivateNode", "ConfirmMessageReceived"):
+            continue
+        aggregator = Aggregator()
+        status, body, said = ask(
+            site,
+            f"/v1/fleet/{path}",
+            b"request",
+            aggregator=aggregator,
+            headers={"flwr-public-key": "k", "cookie": "c", "authorization": "a"},
+        )
+        assert (status, body, said) == (200, b"answer", [])
+        assert aggregator.calls == [
+            (f"/flwr.proto.Fleet/{call}", b"request", [("flwr-public-key", "k")])
+        ]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/control/start-run"),
+        ("POST", "/v1/runtime/acquire-task"),
+        ("POST", "/v1/fleet/pull-messages/"),
+        ("POST", "/v1/fleet/"),
+        ("POST", "/v1/fleet/PullMessages"),
+        ("POST", "/v2/fleet/pull-messages"),
+        ("POST", "/v1/fleet/../fleet/pull-messages"),
+        ("GET", "/v1/fleet/pull-messages"),
+        ("GET", "/"),
+        ("OPTIONS", "/v1/fleet/pull-messages"),
+    ],
+)
+def test_nothing_else_is_answered(site: JoinedSite, method: str, path: str) -> None:
+    aggregator = Aggregator()
+    assert ask(site, path, aggregator=aggregator, method=method)[:2] == (404, b"")
+    assert aggregator.calls == []
+
+
+def test_a_body_larger_than_any_honest_one_is_refused(site: JoinedSite) -> None:
+    aggregator = Aggregator()
+    body = bytes(MAX_MESSAGE_BYTES + 1)
+    assert ask(site, "/v1/fleet/push-object", body, aggregator=aggregator)[0] == 413
+    assert aggregator.calls == []
+
+
+@pytest.mark.parametrize("path", ["push-messages", "push-object"])
+@pytest.mark.parametrize("body", [b"", b"\xff\xff", b"patients"])
+def test_what_the_gate_does_not_know_ends_here(site: JoinedSite, path: str, body: bytes) -> None:
+    aggregator = Aggregator()
+    status, _, said = ask(site, f"/v1/fleet/{path}", body, aggregator=aggregator)
+    # 403 ends the matter for Flower; after 401 or 503 it would try for ever.
+    assert status == 403
+    assert aggregator.calls == []
+    assert "privacy.egress" in said[0]
+
+
+def test_an_announcement_that_passes_has_lost_the_durations(site: JoinedSite) -> None:
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
+    from flwr.proto.message_pb2 import Message, ObjectTree
+    from site_samples import plain_study
+
+    from consilium_client.store import StudyStore
+
+    store = StudyStore(site.home)
+    store.decide(plain_study(), "approved", 20, "")
+    store.permit_outgoing(["o"], plain_study().digest, 0, "train")
+    request = PushMessagesRequest(
+        messages_list=[Message()],
+        message_object_trees=[ObjectTree(object_id="o")],
+        clientapp_runtime_list=[31.4],
+    )
+    aggregator = Aggregator()
+    body = request.SerializeToString()
+    assert ask(site, "/v1/fleet/push-messages", body, aggregator=aggregator)[0] == 200
+    ((_, sent, _),) = aggregator.calls
+    assert list(PushMessagesRequest.FromString(sent).clientapp_runtime_list) == [0.0]
+
+
+def grpc_error(code: str | None) -> Exception:
+    """Return what gRPC raises when the aggregator refuses with one of our codes, or is away."""
+    from consilium_common.wire.tls13 import grpc
+
+    trailing = grpc.aio.Metadata()
+    if code is not None:
+        error = ConsiliumError(code, "no")
+        trailing.add(ERROR_KEY, canonical_json(error.to_dict()))
+    return grpc.aio.AioRpcError(
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.aio.Metadata(),
+        trailing,
+        details="",
+        debug_error_string="",
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("identity.revoked", 401),  # the SuperNode ends
+        ("network.superlink", 503),  # the SuperNode tries again
+        ("internal.unexpected", 503),
+        (None, 503),
+    ],
+)
+def test_a_refusal_becomes_the_status_that_makes_flower_do_the_right_thing(
+    site: JoinedSite, code: str | None, status: int
+) -> None:
+    aggregator = Aggregator(grpc_error(code))
+    found, _, said = ask(site, "/v1/fleet/get-run", aggregator=aggregator)
+    assert found == status
+    assert bool(said) == (status == 401)
+
+
+def test_flowers_own_status_passes_through(site: JoinedSite) -> None:
+    aggregator = Aggregator(b"body", consilium_http_status="409")
+    assert ask(site, "/v1/fleet/get-run", aggregator=aggregator)[:2] == (409, b"body")
+
+
+def test_the_node_is_remembered_so_that_it_can_be_freed_after_a_crash(site: JoinedSite) -> None:
+    from flwr.proto.fleet_pb2 import ActivateNodeResponse
+
+    content = ActivateNodeResponse(node_id=77).SerializeToString()
+    ask(site, "/v1/fleet/activate-node", aggregator=Aggregator(content))
+    assert (site.home.run / "node.json").read_text() == '{"node_id": 77}'
+
+    aggregator = Aggregator()
+
+    async def scenario() -> None:
+        link = Link(site.home, site.identity, print)
+        await link._channel.close()
+        link._channel = aggregator
+        await link.free_node()
+        await link.free_node()  # there is none any more
+        await link.close()
+
+    asyncio.run(scenario())
+    ((method, body, headers),) = aggregator.calls
+    assert method == "/flwr.proto.Fleet/DeactivateNode"
+    assert body
+    assert "flwr-signature" in dict(headers)
+
+
+def test_a_confirmation_is_held_until_the_task_has_replied(site: JoinedSite) -> None:
+    home = site.home
+    order: list[str] = []
+
+    async def reply(link: Link) -> None:
+        await asyncio.sleep(0.2)
+        order.append("replied")
+        home.replied.touch()
+
+    status, _, _ = ask(site, "/v1/fleet/confirm-message-received", meanwhile=reply)
+    assert status == 200
+    assert order == ["replied"]
+
+
+def test_a_reply_that_was_there_first_holds_nothing_up(site: JoinedSite) -> None:
+    home = site.home
+    home.replied.touch()
+    os.utime(home.replied, ns=(1, 1))
+
+    async def scenario() -> float:
+        link = Link(home, site.identity, print)
+        await link._channel.close()
+        link._channel = Aggregator()
+        await link._forward("PullMessages", b"", [])
+        os.utime(home.replied, ns=(2, 2))  # the task was quicker than the confirmation
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        await link._forward("ConfirmMessageReceived", b"", [])
+        await link.close()
+        return clock() - started
+
+    assert asyncio.run(scenario()) < 2
+
+
+def test_a_call_that_is_held_when_the_site_stops_ends_without_a_traceback(
+    site: JoinedSite,
+) -> None:
+    async def scenario() -> list[int]:
+        link = Link(site.home, site.identity, print)
+        await link._channel.close()
+        link._channel = Aggregator()
+        sent: list[int] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b""}
+
+        async def send(event: dict[str, Any]) -> None:
+            if "status" in event:
+                sent.append(event["status"])
+
+        scope = {
+            "type": "http",
+            "path": "/v1/fleet/confirm-message-received",
+            "method": "POST",
+            "headers": [],
+        }
+        serving = asyncio.create_task(link.application(scope, receive, send))
+        await asyncio.sleep(0.1)
+        assert not serving.done()
+        serving.cancel()
+        await serving
+        await link.close()
+        return sent
+
+    assert asyncio.run(scenario()) == [503]
