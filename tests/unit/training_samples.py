@@ -75,11 +75,13 @@ def segmentation_cohort(train: int = 6, test: int = 3, **options: Any) -> Memory
 def classification_cohort(count: int = 24, *, multi_label: bool = False) -> MemoryCohort:
     """Return images whose left, right or upper part is bright, by class."""
 
+    bright = (np.s_[0, :16], np.s_[0, 16:], np.s_[0, :, :16])
+
     def patient(number: int) -> MemoryPatient:
         rng = np.random.default_rng([7, number])
         image = rng.standard_normal((1, 32, 32)).astype("f4") * 0.3
         kind = number % 3
-        image[(0, *((slice(16), slice(None)), (slice(16, 32),), (slice(None), slice(16)))[kind])] += 2
+        image[bright[kind]] += 2
         label = np.eye(3, dtype="f4")[kind] if multi_label else np.array(kind, dtype=np.int64)
         return MemoryPatient((MemoryCase(f"case-{number}", image, label),))
 
