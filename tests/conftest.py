@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,11 @@ _REAL_IMAGES = _TESTS.parent.parent / "shared" / "data"
 _PROCESSES = ("faults", "integration")
 
 sys.path.append(str(_TESTS / "integration"))
+
+
+def pytest_configure() -> None:
+    """Let a killed test run clean up: fixtures end their processes on SIGTERM as on Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
