@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS: Final = 0.01
-#: Asks the SuperLink this often for every reply, in case the gateway's word was missed, and looks
-#: whether sites have gone.
-_SAFETY_SECONDS: Final = 2.0
+#: Looks this often whether a site that is waited for has gone.
+_GONE_SECONDS: Final = 2.0
 #: Sites may come online this long before a round gives up; it is not counted as a failed attempt.
 _QUORUM_WAIT_SECONDS: Final = 120.0
 #: A round that misses its quorum is asked again this often; sites answer a repeated round from
@@ -192,22 +191,22 @@ class StudyRun:
             )
             waiting[next(iter(self._grid.push_messages([message])))] = site
         self._home.kick.touch()
-        look_everywhere = time.monotonic() + _SAFETY_SECONDS
+        look_for_gone = time.monotonic() + _GONE_SECONDS
         while waiting and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-            everywhere = time.monotonic() > look_everywhere
-            if everywhere:
-                look_everywhere = time.monotonic() + _SAFETY_SECONDS
-                gone = self._gone(list(waiting.values()))
             for message_id, site in list(waiting.items()):
-                if not everywhere and not self._has_arrived(site, sent_at):
-                    continue
-                for reply in self._grid.pull_messages([message_id]):
-                    del waiting[message_id]
-                    self._take(reply, site, replies, mean, weights)
-                if everywhere and message_id in waiting and site.name in gone:
-                    del waiting[message_id]
-                    replies.dropped[site.name] = "the site went away during the round"
+                # Asking for a reply that has come in part would wait long for the rest of it.
+                if self._has_arrived(site, sent_at):
+                    for reply in self._grid.pull_messages([message_id]):
+                        del waiting[message_id]
+                        self._take(reply, site, replies, mean, weights)
+            if time.monotonic() > look_for_gone:
+                look_for_gone = time.monotonic() + _GONE_SECONDS
+                gone = self._gone(list(waiting.values()))
+                for message_id, site in list(waiting.items()):
+                    if site.name in gone:
+                        del waiting[message_id]
+                        replies.dropped[site.name] = "the site went away during the round"
         for site in waiting.values():
             replies.dropped[site.name] = "no reply before the deadline"
         return replies
