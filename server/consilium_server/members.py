@@ -81,7 +81,11 @@ def invite(home: ServerHome, name: str, lifetime: timedelta) -> Invitation:
     registry = Registry(home.database)
     member = registry.member(name)
     if member is not None and member.role != Role.SITE:
-        raise ConsiliumError("identity.name-taken", f"{name!r} is the name of an operator.")
+        raise ConsiliumError(
+            "identity.name-taken",
+            f"{name!r} is the name of an operator.",
+            hint="Choose another name for the site.",
+        )
     authority = Authority.load(home.identity)
     config = home.load_config()
     key = new_tls_key()

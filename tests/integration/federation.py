@@ -12,13 +12,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from consilium_common.demo.hospitals import NAMES, write_hospitals
+from consilium_common.processes import die_with_parent
 
 T = TypeVar("T")
 
@@ -131,6 +132,9 @@ class Running:
                 stderr=stream,
                 env=environment(**{key: value}),
                 start_new_session=True,
+                # Killed with the test run, too. The kernel ties it to the thread that starts it,
+                # so that is always the main one.
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - as the product does
             )
 
     @property
@@ -221,7 +225,8 @@ class Site:
     name: str
     home: Path
     log: Path
-    running: Running | None = field(default=None)
+    running: Running | None = None
+    _launched: float = 0.0
 
     def __call__(self, *arguments: object) -> Answer:
         """Run ``consilium site …`` here."""
@@ -233,11 +238,21 @@ class Site:
 
     def start(self) -> None:
         """Run ``site start`` and wait until the aggregator and Flower know that it is there."""
-        node, before = self.home / "run" / "node.json", time.time()
+        self.launch()
+        self.wait_until_ready()
+
+    def launch(self) -> None:
+        """Run ``site start``."""
+        self._launched = time.time()
         self.running = Running(["site", "start", "--home", self.home], self.log)
+
+    def wait_until_ready(self) -> None:
+        """Wait until the aggregator and Flower know that the site is there."""
+        assert self.running is not None
+        node = self.home / "run" / "node.json"
         self.running.wait_until_says("connected to")
         wait_for(
-            lambda: node.exists() and node.stat().st_mtime >= before,
+            lambda: node.exists() and node.stat().st_mtime >= self._launched,
             f"the SuperNode of {self.name}",
         )
 
@@ -395,11 +410,14 @@ def add_hospitals(federation: Federation) -> None:
             for part in ("--label", f"{name}={value}")
         ]
         site("data", "import", hospital.folder, *labels).data  # noqa: B018
-        site.start()
         return site
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(add, hospitals))
+        sites = list(pool.map(add, hospitals))
+    for site in sites:
+        site.launch()
+    for site in sites:
+        site.wait_until_ready()
 
 
 def small_study(name: str, **changes: Mapping[str, Any]) -> dict[str, Any]:

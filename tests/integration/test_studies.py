@@ -52,8 +52,9 @@ def test_a_private_study_costs_what_an_independent_computation_says(
         expected = _epsilon_of_recorded_events(export, private["digest"])
         assert cost["epsilon"]["epsilon"]["pld"] == pytest.approx(expected, abs=0.005)
         budget = federation.sites[name]("budget").data
-        (spent,) = [s for s in budget["studies"] if s["study"] == private["digest"]]
+        (spent,) = [s for s in budget["spend"]["studies"] if s["study"] == private["digest"]]
         assert spent["study_epsilon"] == pytest.approx(expected, abs=0.005)
+        assert budget["remaining"] == pytest.approx(10 - budget["spend"]["epsilon"]["most"])
         assert private["epsilon"][name] == pytest.approx(expected, abs=0.005)
 
 
@@ -97,29 +98,6 @@ def test_a_charged_ledger_does_not_verify_once_a_line_is_changed(
     export.write_text(text.replace('"noise_multiplier":4.0', '"noise_multiplier":5.0', 1))
     key = home / "identity" / "ledger-public.pem"
     assert consilium("audit", "verify", export, "--key", key).code == "privacy.ledger-broken"
-
-
-def test_a_study_that_was_stopped_runs_on_from_its_last_round(federation: Federation) -> None:
-    digest = federation.propose(
-        small_study("stopped", training={"steps_per_round": 20}, federation={"rounds": 7})
-    )
-    federation.approve(digest)
-    federation.study("run", digest).data  # noqa: B018
-    assert federation.study("run", digest).code == "study.running"
-    federation.wait_until(digest, lambda data: bool(data["rounds"]), "a round")
-    assert federation.study("stop", digest).data["state"] == "stopped"
-    before = federation.show(digest)
-    assert before["state"] == "stopped"
-    assert 1 <= len(before["rounds"]) < 7
-    assert federation.study("stop", digest).code == "study.not-running"
-
-    federation.study("run", digest).data  # noqa: B018
-    after = federation.study("watch", digest).data
-    assert after["state"] == "finished"
-    assert [row["number"] for row in after["rounds"]] == list(range(7))
-    # Rounds that were finished are not computed again.
-    assert after["rounds"][: len(before["rounds"])] == before["rounds"]
-    assert federation.study("run", digest).code == "study.finished"
 
 
 def test_an_update_with_nan_is_left_out_and_the_round_goes_on(federation: Federation) -> None:

@@ -1,0 +1,78 @@
+"""What a round costs beside its training: a trivial model, three sites, the real wire.
+
+Run ``python tests/benchmarks/round_overhead.py``; it prints one JSON object. The first round is
+left out: in it each site prepares its cases and starts its worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+
+TARGET_SECONDS = 1.5
+
+
+def measure(rounds: int, *, private: bool) -> dict[str, Any]:
+    """Run a federation of three sites for some rounds and return seconds per round."""
+    from federation import PRIVATE, Federation, add_hospitals, small_study
+
+    parts: dict[str, Any] = {
+        "training": {"steps_per_round": 1, "batch_size": 1},
+        "federation": {"rounds": rounds + 1, "quorum": 3},
+        "evaluation": {"release": "none"},
+    }
+    if private:
+        parts |= PRIVATE
+        parts["training"] = {"steps_per_round": 1, "patches_per_patient": 1}
+    with tempfile.TemporaryDirectory() as folder, Federation(Path(folder)) as federation:
+        add_hospitals(federation)
+        load = os.getloadavg()
+        found = federation.run_to_end(small_study("overhead", **parts), timeout=600)
+        seconds = [row["seconds"] for row in found["rounds"]]
+        assert all(len(row["sites"]) == 3 for row in found["rounds"]), found["rounds"]
+    return {
+        "first_round_seconds": seconds[0],
+        "median_seconds": round(statistics.median(seconds[1:]), 3),
+        "fastest_seconds": min(seconds[1:]),
+        "slowest_seconds": max(seconds[1:]),
+        "rounds": rounds,
+        "sites": 3,
+        "target_seconds": TARGET_SECONDS,
+        "load_average_before": [round(value, 2) for value in load],
+        "load_average_after": [round(value, 2) for value in os.getloadavg()],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine and the versions that matter."""
+    packages = ("consilium", "flwr", "torch", "monai", "grpcio")
+    return {
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20, help="rounds to measure (default 20)")
+    parser.add_argument("--private", action="store_true", help="with patient-level privacy")
+    options = parser.parse_args()
+    figures = measure(options.rounds, private=options.private)
+    print(json.dumps({"benchmark": "round_overhead", **figures, "machine": machine()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

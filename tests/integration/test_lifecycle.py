@@ -1,0 +1,79 @@
+"""Starting, stopping and killing: nothing is left behind, and no finished round is lost."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+from federation import Federation, small_study
+
+from consilium_common.demo.hospitals import NAMES
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_site_that_is_stopped_leaves_no_process_behind(
+    federation: Federation, number: signal.Signals
+) -> None:
+    site = federation.sites[NAMES[0 if number is signal.SIGINT else 1]]
+    assert site.running is not None
+    assert len(site.running.processes()) >= 4
+    site.running.interrupt(number, timeout=10)
+    assert "Traceback" not in site.running.output
+    assert not (site.home / "run" / "status.json").exists()
+
+
+def test_a_study_goes_on_from_its_last_round_whatever_ended_it(federation: Federation) -> None:
+    rounds = 16
+    digest = federation.propose(
+        small_study("outlives", training={"steps_per_round": 40}, federation={"rounds": rounds})
+    )
+    federation.approve(digest)
+    federation.study("run", digest).data  # noqa: B018
+    assert federation.study("run", digest).code == "study.running"
+    _with_rounds(federation, digest, 1)
+
+    # The operator stops it.
+    assert federation.study("stop", digest).data["state"] == "stopped"
+    before = federation.show(digest)
+    assert federation.study("stop", digest).code == "study.not-running"
+    _go_on(federation, digest, before, "operator")
+    before = _with_rounds(federation, digest, len(before["rounds"]) + 1)
+
+    # Ctrl-C: the aggregator and all that it has started are gone.
+    assert federation.running is not None
+    federation.running.interrupt(timeout=10)
+    assert "Traceback" not in federation.running.output
+    federation.start()
+    _go_on(federation, digest, before, "aggregator")
+    before = _with_rounds(federation, digest, len(before["rounds"]) + 1)
+
+    # Killed, with all that it has started, at an arbitrary moment.
+    federation.kill()
+    federation.start()
+    _go_on(federation, digest, before, "aggregator")
+    after = federation.study("watch", digest).data
+    assert after["state"] == "finished"
+    assert [row["number"] for row in after["rounds"]] == list(range(rounds))
+    # Rounds that were finished are not computed again.
+    assert after["rounds"][: len(before["rounds"])] == before["rounds"]
+    assert (federation.home / "studies" / digest[:16] / "model.safetensors").is_file()
+    assert federation.study("run", digest).code == "study.finished"
+
+
+def _with_rounds(federation: Federation, digest: str, number: int) -> dict[str, Any]:
+    return federation.wait_until(
+        digest, lambda data: len(data["rounds"]) >= number, f"round {number}"
+    )
+
+
+def _go_on(federation: Federation, digest: str, before: dict[str, Any], why: str) -> None:
+    """Run a study on when enough sites are there; its rounds are those it had."""
+    found = federation.wait_until(
+        digest, lambda data: sum(row["online"] for row in data["approvals"]) >= 2, "sites online"
+    )
+    assert found["state"] == "stopped"
+    assert why in found["reason"]
+    assert len(found["rounds"]) < found["rounds_planned"], "it ended before it was interrupted"
+    assert found["rounds"][: len(before["rounds"])] == before["rounds"]
+    federation.study("run", digest).data  # noqa: B018
