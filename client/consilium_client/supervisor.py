@@ -7,11 +7,9 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from consilium_client.flower_private import supernode_command
 from consilium_client.home import HOME_VARIABLE, SiteHome
@@ -19,9 +17,7 @@ from consilium_client.identity import SiteIdentity
 from consilium_client.link import Link
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
-from consilium_common.identity.authority import certificate_pem
-from consilium_common.identity.certificates import self_signed_loopback
-from consilium_common.identity.keys import new_tls_key, save_private
+from consilium_common.identity.loopback import make_loopback
 from consilium_common.processes import Child, flower_environment, free_port
 
 
@@ -39,7 +35,7 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     with _only_one(home):
-        certificate, key, secret = _loopback_secrets(home)
+        loopback = make_loopback(home.run)
         link = Link(home, identity, say)
         link_port, runtime_port = free_port(), free_port()
         server = uvicorn.Server(
@@ -47,8 +43,8 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
                 link.application,
                 host="127.0.0.1",
                 port=link_port,
-                ssl_certfile=str(certificate),
-                ssl_keyfile=str(key),
+                ssl_certfile=str(loopback.certificate),
+                ssl_keyfile=str(loopback.key),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -65,10 +61,10 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
             "supernode",
             supernode_command(
                 link_port=link_port,
-                link_certificate=certificate,
+                link_certificate=loopback.certificate,
                 runtime_port=runtime_port,
                 key=identity.folder / "site-key.openssh",
-                secret=secret,
+                secret=loopback.secret,
             ),
             environment=environment,
             logs=home.logs,
@@ -79,7 +75,7 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
             "executor",
             [
                 *(sys.executable, "-m", "consilium_client.executor"),
-                *(f"127.0.0.1:{runtime_port}", str(secret)),
+                *(f"127.0.0.1:{runtime_port}", str(loopback.secret)),
             ],
             environment=environment,
             logs=home.logs,
@@ -142,15 +138,3 @@ def _only_one(home: SiteHome) -> Iterator[None]:
             yield
         finally:
             status.unlink(missing_ok=True)
-
-
-def _loopback_secrets(home: SiteHome) -> tuple[Path, Path, Path]:
-    """Make this start's loopback certificate and the executor's secret; none is kept longer."""
-    certificate, key, secret = (
-        home.run / name for name in ("link.pem", "link-key.pem", "executor-secret")
-    )
-    loopback_key = new_tls_key()
-    save_private(key, loopback_key)
-    write_atomic(certificate, certificate_pem(self_signed_loopback(loopback_key)))
-    write_atomic(secret, secrets.token_bytes(32))
-    return certificate, key, secret

@@ -6,21 +6,18 @@ import asyncio
 import contextlib
 import json
 import os
-import secrets
 import signal
 import sys
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 from consilium_common.files import write_atomic
-from consilium_common.identity.authority import Authority, certificate_pem
+from consilium_common.identity.authority import Authority
 from consilium_common.identity.certificates import (
     describe,
     load_certificate,
-    self_signed_loopback,
 )
-from consilium_common.identity.keys import new_tls_key, save_private
+from consilium_common.identity.loopback import make_loopback
 from consilium_common.processes import (
     Child,
     check_port_free,
@@ -55,7 +52,8 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
 
     registry = Registry(home.database)
     authority = Authority.load(home.identity)
-    certificate, key, secret = _loopback_secrets(home)
+    loopback = make_loopback(home.run)
+    certificate = loopback.certificate
     superlink_port = free_port()
     address = f"127.0.0.1:{superlink_port}"
     environment = {
@@ -77,8 +75,8 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
         superlink_command(
             port=superlink_port,
             certificate=certificate,
-            key=key,
-            secret=secret,
+            key=loopback.key,
+            secret=loopback.secret,
         ),
         environment=environment,
         logs=home.logs,
@@ -87,7 +85,14 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
     )
     executor = Child(
         "executor",
-        [sys.executable, "-m", "consilium_server.executor", address, str(certificate), str(secret)],
+        [
+            sys.executable,
+            "-m",
+            "consilium_server.executor",
+            address,
+            str(certificate),
+            str(loopback.secret),
+        ],
         environment=environment,
         logs=home.logs,
         say=say,
@@ -151,15 +156,3 @@ async def _first(*waits: Coroutine[Any, Any, Any]) -> None:
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
-
-
-def _loopback_secrets(home: ServerHome) -> tuple[Path, Path, Path]:
-    """Make this start's loopback certificate and the executor's secret; none is kept longer."""
-    certificate, key, secret = (
-        home.run / name for name in ("superlink.pem", "superlink-key.pem", "executor-secret")
-    )
-    loopback_key = new_tls_key()
-    save_private(key, loopback_key)
-    write_atomic(certificate, certificate_pem(self_signed_loopback(loopback_key)))
-    write_atomic(secret, secrets.token_bytes(32))
-    return certificate, key, secret

@@ -30,7 +30,6 @@ from consilium_common.identity.certificates import (
     describe,
     load_certificate,
     read_certificate,
-    self_signed_loopback,
 )
 from consilium_common.identity.invitation import Invitation, read_invitation, write_invitation
 from consilium_common.identity.keys import (
@@ -43,6 +42,7 @@ from consilium_common.identity.keys import (
     save_private,
     verify_signature,
 )
+from consilium_common.identity.loopback import make_loopback
 from consilium_common.wire.statements import (
     approval_statement,
     check_signed,
@@ -111,8 +111,9 @@ def test_a_certificate_of_another_authority_is_foreign_even_with_its_name() -> N
     assert code_of(check_issued, forged, AUTHORITY.certificate) == "identity.foreign"
 
 
-def test_a_certificate_without_a_role_is_foreign() -> None:
-    assert code_of(describe, self_signed_loopback(KEY)) == "identity.foreign"
+def test_a_certificate_without_a_role_is_foreign(tmp_path: Path) -> None:
+    loopback = read_certificate(make_loopback(tmp_path).certificate)
+    assert code_of(describe, loopback) == "identity.foreign"
 
 
 def test_a_certificate_holds_from_its_beginning_to_its_end_and_no_longer() -> None:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.chain import BrokenChainError, Problem, take
-from consilium_common.ledger.database import connect_reader
+from consilium_common.ledger.database import connect_reader, read_lines
 from consilium_common.ledger.entries import Entry, Head
 from consilium_common.ledger.state import LedgerState
-from consilium_common.ledger.database import read_lines
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
