@@ -132,8 +132,12 @@ def _start_sites(
     def add(name: str) -> Site:
         site = federation.join(name)
         site("data", "import", lists[name], *options).data  # noqa: B018
-        site.start()
         return site
 
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(add, lists))
+        sites = list(pool.map(add, lists))
+    # From this thread: a site is tied to the one that starts it.
+    for site in sites:
+        site.launch()
+    for site in sites:
+        site.wait_until_ready()
