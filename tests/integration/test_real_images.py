@@ -51,7 +51,7 @@ def test_a_private_study_spends_what_an_independent_computation_says(
         audited = consilium("audit", "verify", exported, "--key", key).data["ledgers"][0]
         accountant = PLDAccountant()
         for line in exported.read_text().splitlines():
-            entry = json.loads(line)
+            entry = json.loads(line)["content"]
             if entry["kind"] == "charge":
                 event = entry["body"]["event"]
                 step = PoissonSampledDpEvent(
