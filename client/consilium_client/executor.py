@@ -12,7 +12,10 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +28,6 @@ from consilium_common.wire.messages import instructions_of
 _log = logging.getLogger(__name__)
 
 #: Asks this often without being woken, in case a wake-up was lost.
-#: A task that is taken while its message is still coming waits a second in Flower: seldom.
 _IDLE_SECONDS: Final = 4.0
 #: After a wake-up the task may be a moment away.
 _EAGER_SECONDS: Final = 1.0
@@ -45,34 +47,72 @@ def main(address: str, secret_file: str) -> None:
     from consilium_client.flower_private import TaskSource
 
     source = TaskSource(address, Path(secret_file).read_bytes())
-    wake = _wake_socket(home)
+    arrivals = Arrivals(home.wake_socket)
     eager_until = 0.0
     while True:
         token = source.acquire()
         if token is not None:
-            _run(home, address, token, wake)
+            _run(home, address, token, arrivals)
             eager_until = 0.0
             continue
         if time.monotonic() < eager_until:
             time.sleep(_EAGER_PAUSE)
             continue
-        wake.settimeout(_IDLE_SECONDS)
-        try:
-            wake.recv(16)
+        if arrivals.wait(_IDLE_SECONDS):
             eager_until = time.monotonic() + _EAGER_SECONDS
-        except TimeoutError:
+        else:
             _end_workers_of_ended_studies(home)
 
 
-def _run(home: SiteHome, address: str, token: str, wake: socket.socket) -> None:
+class Arrivals:
+    """Hears from the link which message has come whole.
+
+    Messages come one after the other: the SuperNode turns to the next one when it has sent the
+    reply to the last, or when it has given it up because its run was stopped.
+
+    Parameters
+    ----------
+    path : Path
+        The socket; made anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._latest = ""
+        self._taken: deque[str] = deque(maxlen=64)
+        self._lock = threading.Lock()
+
+    def wait(self, seconds: float) -> bool:
+        """Return whether a message has come within ``seconds``."""
+        self._socket.settimeout(seconds)
+        try:
+            self._latest = self._socket.recv(256).decode()
+        except TimeoutError:
+            return False
+        return True
+
+    def watch(self, message_id: str) -> Callable[[], bool]:
+        """Take a message; the function returned says whether another came whole since."""
+        self._taken.append(message_id)
+        self._socket.setblocking(False)
+        return self._newer
+
+    def _newer(self) -> bool:
+        with self._lock, contextlib.suppress(BlockingIOError):
+            while True:
+                self._latest = self._socket.recv(256).decode()
+        return self._latest not in ("", *self._taken)
+
+
+def _run(home: SiteHome, address: str, token: str, arrivals: Arrivals) -> None:
     from consilium_client.app import app
     from consilium_client.flower_private import run_client_task
 
     store = StudyStore(home)
 
     def permit(message: Any, reply: Any, object_ids: list[str]) -> None:
-        # One message at a time: what woke us up to now was about this one.
-        _forget_wake_ups(wake)
         if reply.has_error():
             store.permit_outgoing(object_ids, "", None, "error")
         else:
@@ -85,7 +125,9 @@ def _run(home: SiteHome, address: str, token: str, wake: socket.socket) -> None:
         return error_reason(error)
 
     try:
-        run_client_task(address, token, app, permit, reason)
+        run_client_task(
+            address, token, app, permit=permit, public_reason=reason, watch=arrivals.watch
+        )
     except Exception:
         # The SuperNode reports the task as crashed; the next one must still be served.
         _log.exception("a task failed")
@@ -99,21 +141,6 @@ def _end_workers_of_ended_studies(home: SiteHome) -> None:
 
     with contextlib.suppress(OSError, ValueError):
         pool().end_all_but(set(json.loads(home.running.read_text(encoding="utf-8"))))
-
-
-def _forget_wake_ups(wake: socket.socket) -> None:
-    wake.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            wake.recv(16)
-
-
-def _wake_socket(home: SiteHome) -> socket.socket:
-    path = home.wake_socket
-    path.unlink(missing_ok=True)
-    wake = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    wake.bind(str(path))
-    return wake
 
 
 if __name__ == "__main__":

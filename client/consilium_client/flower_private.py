@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from consilium_common.flower_bundle import bundle_hash
 #: What a SuperNode itself answers when a task process died; the only words of Flower's that may
 #: leave in an error reply.
 CRASHED_REASON: Final = "ClientApp stopped responding."
+#: Seconds between looks for a part of a message that is still coming.
+_SHORTEST_PAUSE: Final = 0.03
+_LONGEST_PAUSE: Final = 2.0
 
 
 def supernode_command(
@@ -112,6 +116,13 @@ def read_push(body: bytes) -> Push:
     return Push(request.SerializeToString(), tuple(_walk(request.message_object_trees[0])), reason)
 
 
+def confirmed_message(body: bytes) -> str:
+    """Return the id of the message that a ConfirmMessageReceived request says has come whole."""
+    from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+
+    return str(ConfirmMessageReceivedRequest.FromString(body).message_object_id)
+
+
 def read_push_object(body: bytes) -> tuple[str, bytes]:
     """Return id and content of an outgoing object, or raise ``privacy.egress``."""
     from flwr.proto.message_pb2 import PushObjectRequest
@@ -170,12 +181,66 @@ class TaskSource:
         return None
 
 
+class MessageSource:
+    """A task's Runtime client that waits for the rest of the task's message, but not in vain.
+
+    A task is there before its message is. Flower looks for the rest after one second, two, four
+    and so on, for two hours: also when the run was stopped meanwhile and the rest never comes.
+
+    Parameters
+    ----------
+    client : flwr.supercore.runtime.RuntimeHttpClient
+        Every other call goes to it as it is.
+    watch : callable
+        ``watch(message_id)`` returns a function that says whether the SuperNode has since turned
+        to another message: what has not come by then will not come.
+    """
+
+    def __init__(self, client: Any, watch: Callable[[str], Callable[[], bool]]) -> None:
+        self._client = client
+        self._watch = watch
+        self._overtaken: Callable[[], bool] = lambda: False
+        self._ended = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        """Pull the message's outline, from which its id is known."""
+        response = self._client.PullMessages(request)
+        if response.message_object_trees:
+            self._overtaken = self._watch(str(response.message_object_trees[0].object_id))
+        return response
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        """Pull a part of the message as soon as it is there."""
+        from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+
+        pause = _SHORTEST_PAUSE
+        while True:
+            # Before the call: what was whole then is there.
+            overtaken = self._overtaken()
+            response = self._client.PullObject(request)
+            if not response.object_found or response.object_available:
+                return response
+            if overtaken or self._ended:
+                raise ObjectPullError(request.object_id, "its message never came whole")
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE)
+
+    def end(self) -> None:
+        """Let what still waits give up."""
+        self._ended = True
+
+
 def run_client_task(
     address: str,
     token: str,
     app: Callable[[Any, Any], Any],
+    *,
     permit: Callable[[Any, Any, list[str]], None],
     public_reason: Callable[[ConsiliumError], str],
+    watch: Callable[[str], Callable[[], bool]],
 ) -> None:
     """Run one ClientApp task, from pulling its message to pushing the reply.
 
@@ -191,6 +256,8 @@ def run_client_task(
         ``permit(message, reply, object_ids)`` is told what the reply consists of.
     public_reason : callable
         The words of an error reply.
+    watch : callable
+        As for :class:`MessageSource`.
     """
     from flwr.app import Error, Message
     from flwr.common.constant import ErrorCode, SubStatus
@@ -226,13 +293,14 @@ def run_client_task(
         )
 
     client = connect(retry)
+    source = MessageSource(client, watch)
     # Without a retry of its own: the sender tries again, and can be stopped while it waits.
     pulse = connect(None)
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(pulse))
     heartbeat.start()
     status, details = SubStatus.FAILED, "the client application failed"
     try:
-        message, context, _, fab = pull_task_input(client)
+        message, context, _, fab = pull_task_input(source)
         try:
             if fab.hash_str != bundle_hash() or _sha256(fab.content) != bundle_hash():
                 raise ConsiliumError(
@@ -241,8 +309,14 @@ def run_client_task(
                     hint="Site and aggregator must run the same release of consilium.",
                 )
             reply = app(message, context)
-        except ConsiliumError as error:
-            reason = public_reason(error)
+        except Exception as error:
+            # A SuperNode waits for the reply for ever: whatever happens, there is one.
+            known = (
+                error
+                if isinstance(error, ConsiliumError)
+                else ConsiliumError("internal.unexpected", type(error).__name__)
+            )
+            reason = public_reason(known)
             reply = Message(
                 Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message
             )
@@ -253,6 +327,7 @@ def run_client_task(
         status, details = SubStatus.COMPLETED, ""
     finally:
         # Once: a SuperNode that is gone does not know this task when it comes back.
+        source.end()
         retry.max_tries = 1
         push_task_output(client, None, status, details)
         heartbeat.stop()

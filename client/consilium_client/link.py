@@ -19,6 +19,7 @@ from typing import Any, Final
 from consilium_client.egress import EgressGate
 from consilium_client.flower_private import (
     activated_node,
+    confirmed_message,
     deactivate_request,
     node_headers,
     read_push,
@@ -140,7 +141,7 @@ class Link:
         if call == "PullMessages":
             self._replied_before = self._replied_at()
         if call == "ConfirmMessageReceived":
-            self._wake_executor()
+            self._wake_executor(confirmed_message(body))
             await self._until_replied()
         return status, content
 
@@ -242,9 +243,9 @@ class Link:
         except FileNotFoundError:
             return 0
 
-    def _wake_executor(self) -> None:
+    def _wake_executor(self, message_id: str) -> None:
         with contextlib.suppress(OSError):
-            self._wake.sendto(b"!", str(self._home.wake_socket))
+            self._wake.sendto(message_id.encode(), str(self._home.wake_socket))
 
 
 async def _read_body(receive: Any) -> bytes | None:

@@ -263,7 +263,14 @@ def run(task: SimpleNamespace, app: Any) -> None:
         assert task.replies == []  # before anything is pushed
         task.permitted.append(object_ids)
 
-    flower_private.run_client_task("127.0.0.1:1", "token", app, permit, error_reason)
+    flower_private.run_client_task(
+        "127.0.0.1:1",
+        "token",
+        app,
+        permit=permit,
+        public_reason=error_reason,
+        watch=lambda _: lambda: False,
+    )
 
 
 def answer(message: Any, _: object) -> Any:
@@ -301,22 +308,21 @@ def test_a_foreign_bundle_is_answered_with_an_error_and_never_run(
     assert task.outcomes == ["completed"]  # the task is done: silence would stall the round
 
 
-def test_an_error_of_ours_is_a_reply_and_any_other_is_left_to_flower(
+def test_whatever_goes_wrong_in_a_task_is_a_reply_and_never_silence(
     task: SimpleNamespace,
 ) -> None:
-    def refuses(_: object, __: object) -> None:
-        raise ConsiliumError("privacy.budget", "patient Doe has nothing left")
+    for error, code in (
+        (ConsiliumError("privacy.budget", "patient Doe has nothing left"), "privacy.budget"),
+        (RuntimeError("patient Doe"), "internal.unexpected"),
+        (OSError(28, "No space left", "/images/Doe"), "internal.unexpected"),
+    ):
+        task.replies.clear()
 
-    run(task, refuses)
-    (reply,) = task.replies
-    assert json.loads(reply.error.reason)["code"] == "privacy.budget"
-    assert "Doe" not in reply.error.reason
+        def breaks(_: object, __: object, error: Exception = error) -> None:
+            raise error
 
-    def breaks(_: object, __: object) -> None:
-        raise RuntimeError("patient Doe")
-
-    task.replies.clear()
-    with pytest.raises(RuntimeError):
         run(task, breaks)
-    assert task.replies == []
-    assert task.outcomes[-1] == "failed"
+        (reply,) = task.replies
+        assert json.loads(reply.error.reason)["code"] == code
+        assert "Doe" not in reply.error.reason
+        assert task.outcomes[-1] == "completed"

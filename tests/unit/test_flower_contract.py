@@ -183,6 +183,19 @@ def test_task_functions_are_called_as_flower_calls_them() -> None:
     takes(HeartbeatSender, make_task_heartbeat_fn_http("client"))  # type: ignore[arg-type]
 
 
+def test_a_tasks_message_is_pulled_through_the_two_calls_that_we_wrap() -> None:
+    from flwr.supercore.inflatable import inflatable_protobuf_utils
+    from flwr.supernode.runtime.run_clientapp import pull_task_input
+
+    source = inspect.getsource(pull_task_input)
+    assert "client.PullMessages(" in source
+    assert "make_pull_object_fn_protobuf(client.PullObject" in source
+    assert "pull_msg_res.message_object_trees[0]" in source
+    wrapped = inspect.getsource(inflatable_protobuf_utils.make_pull_object_fn_protobuf)
+    assert "response.object_found" in wrapped
+    assert "response.object_available" in wrapped
+
+
 def test_a_task_is_acquired_by_the_method_whose_secret_is_checked() -> None:
     from flwr.supercore.runtime import runtime_http_client
 
@@ -280,7 +293,7 @@ def test_a_reply_is_announced_and_pushed_as_the_link_reads_it() -> None:
     from flwr.app.message import remove_content_from_message
     from flwr.common.serde import message_to_proto
     from flwr.proto.fleet_pb2 import PushMessagesRequest
-    from flwr.proto.message_pb2 import PushObjectRequest
+    from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PushObjectRequest
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
     asked = Message(content=_content(), dst_node_id=1, message_type="train")
@@ -299,6 +312,8 @@ def test_a_reply_is_announced_and_pushed_as_the_link_reads_it() -> None:
         assert set(push.object_ids) == set(get_all_nested_objects(reply))
         # How long the app ran depends on the data.
         assert list(PushMessagesRequest.FromString(push.body).clientapp_runtime_list) == [0.0]
+    confirmed = ConfirmMessageReceivedRequest(message_object_id="id").SerializeToString()
+    assert client_private.confirmed_message(confirmed) == "id"
     body = PushObjectRequest(object_id="id", object_content=b"content").SerializeToString()
     assert client_private.read_push_object(body) == ("id", b"content")
 

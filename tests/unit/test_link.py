@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from site_samples import JoinedSite, joined_site
 
+from consilium_client.executor import Arrivals
+from consilium_client.flower_private import MessageSource
 from consilium_client.link import Link
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
@@ -247,7 +252,10 @@ def test_the_node_is_remembered_so_that_it_can_be_freed_after_a_crash(site: Join
 
 
 def test_a_confirmation_is_held_until_the_task_has_replied(site: JoinedSite) -> None:
+    from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+
     home = site.home
+    arrivals = Arrivals(home.wake_socket)
     order: list[str] = []
 
     async def reply(link: Link) -> None:
@@ -255,9 +263,13 @@ def test_a_confirmation_is_held_until_the_task_has_replied(site: JoinedSite) -> 
         order.append("replied")
         home.replied.touch()
 
-    status, _, _ = ask(site, "/v1/fleet/confirm-message-received", meanwhile=reply)
+    body = ConfirmMessageReceivedRequest(message_object_id="m").SerializeToString()
+    status, _, _ = ask(site, "/v1/fleet/confirm-message-received", body, meanwhile=reply)
     assert status == 200
     assert order == ["replied"]
+    assert arrivals.wait(1)  # the executor heard of it meanwhile
+    assert not arrivals.watch("m")()
+    assert arrivals.watch("other")() is False  # "m" was taken before
 
 
 def test_a_reply_that_was_there_first_holds_nothing_up(site: JoinedSite) -> None:
@@ -311,3 +323,117 @@ def test_a_call_that_is_held_when_the_site_stops_ends_without_a_traceback(
         return sent
 
     assert asyncio.run(scenario()) == [503]
+
+
+# --- the executor's side -----------------------------------------------------------------------
+
+
+class Runtime:
+    """Stands in for the SuperNode: a message of two parts, of which some are there."""
+
+    def __init__(self, *available: str) -> None:
+        self.available = set(available)
+        self.asked = 0
+
+    def PullMessages(self, _: object) -> Any:
+        from flwr.proto.message_pb2 import ObjectTree
+        from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+
+        return PullAppMessagesResponse(message_object_trees=[ObjectTree(object_id="ours")])
+
+    def PullObject(self, request: Any) -> Any:
+        from flwr.proto.message_pb2 import PullObjectResponse
+
+        self.asked += 1
+        there = request.object_id in self.available
+        return PullObjectResponse(
+            object_found=request.object_id != "foreign",
+            object_available=there,
+            object_content=b"content" if there else b"",
+        )
+
+
+def pull(source: MessageSource, name: str) -> bytes:
+    from flwr.proto.message_pb2 import PullObjectRequest
+
+    return bytes(source.PullObject(PullObjectRequest(object_id=name)).object_content)
+
+
+@pytest.fixture
+def arrivals(tmp_path: Path) -> Iterator[tuple[Arrivals, Callable[[str], None]]]:
+    path = tmp_path / "wake"
+    made = Arrivals(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+        yield made, lambda message_id: void(link.sendto(message_id.encode(), str(path)))
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
+def test_a_part_that_is_still_coming_is_taken_as_soon_as_it_is_there(
+    arrivals: tuple[Arrivals, Callable[[str], None]],
+) -> None:
+    heard, tell = arrivals
+    runtime = Runtime("first")
+    source = MessageSource(runtime, heard.watch)
+    source.PullMessages(None)
+    assert pull(source, "first") == b"content"
+    assert pull(source, "foreign") == b""  # Flower's to judge
+
+    def arrive() -> None:
+        tell("ours")
+        runtime.available.add("second")
+
+    timer = threading.Timer(0.2, arrive)
+    timer.start()
+    started = time.monotonic()
+    assert pull(source, "second") == b"content"
+    assert time.monotonic() - started < 2
+    timer.join()
+
+
+def test_the_rest_of_a_message_is_given_up_once_the_next_message_has_come_whole(
+    arrivals: tuple[Arrivals, Callable[[str], None]],
+) -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+
+    heard, tell = arrivals
+    heard.watch("before")  # a message that was taken and done
+    tell("before")  # and of which word comes late
+    runtime = Runtime()
+    source = MessageSource(runtime, heard.watch)
+    source.PullMessages(None)
+    timer = threading.Timer(0.3, lambda: tell("next"))
+    timer.start()
+    with pytest.raises(ObjectPullError, match="never came whole"):
+        pull(source, "second")
+    assert runtime.asked > 1  # the late word alone was no reason
+    timer.join()
+    # The next one is there to be taken, and is not given up.
+    assert not heard.watch("next")()
+
+
+def test_word_that_came_before_a_task_was_taken_counts_as_well(
+    arrivals: tuple[Arrivals, Callable[[str], None]],
+) -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+
+    heard, tell = arrivals
+    tell("next")
+    assert heard.wait(1)  # woken by it, the executor is given the older task first
+    source = MessageSource(Runtime(), heard.watch)
+    source.PullMessages(None)
+    with pytest.raises(ObjectPullError):
+        pull(source, "second")
+
+
+def test_what_waits_ends_with_its_task(arrivals: tuple[Arrivals, Callable[[str], None]]) -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+
+    source = MessageSource(Runtime(), arrivals[0].watch)
+    source.PullMessages(None)
+    threading.Timer(0.1, source.end).start()
+    with pytest.raises(ObjectPullError):
+        pull(source, "second")
+    assert not arrivals[0].wait(0.01)
