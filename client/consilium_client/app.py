@@ -31,7 +31,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()  # type: ignore[untyped-decorator]
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate the model here; the reply is empty unless exact figures may leave."""
+    """Evaluate the model here; the reply is empty unless exact or noised figures may leave."""
     return _do("evaluate", message)
 
 

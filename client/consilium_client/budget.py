@@ -1,40 +1,34 @@
-"""What a study costs this site's patients, and whether they can still afford it.
+"""Whether this site's patients can still afford a study: asked at approval and at every charge.
 
-Budgets are kept per patient over all studies: the ledger's events of every patient are composed
-with the rest of the study's plan, so a study that would overrun anybody is refused before it
-starts and again before each round. Patients of equal history share one computation.
+Budgets are kept per patient over all studies. At approval the patients whose budget the rest of
+the study would overrun are left out, and stay left out; before each round and each released
+evaluation the others are checked again, and one who would overrun by then refuses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from consilium_client.budget_table import BudgetTable, budget_command, budget_table
+from consilium_client.budget_price import Price, compute_price
+from consilium_client.budget_reserved import reservations
+from consilium_client.budget_rules import Refusal, policy_refusal, whole_evaluation
 from consilium_client.policy import Policy
 from consilium_common.errors import ConsiliumError
-from consilium_common.ledger.entries import Entry
+from consilium_common.ledger.entries import Entry, Purpose
 from consilium_common.ledger.state import LedgerState
 from consilium_common.ledger.store import Ledger
-from consilium_common.privacy.accounting import epsilon_of, parameters
-from consilium_common.privacy.events import (
-    ADJACENCY,
-    UNIT,
-    PrivacyEvent,
-    PrivacyParameters,
-    grouped,
-)
+from consilium_common.privacy.accounting import parameters
+from consilium_common.privacy.events import SCORE_SENSITIVITY, PrivacyEvent, PrivacyParameters
 
 if TYPE_CHECKING:
+    from consilium_client.store import Decision
     from consilium_common.study.schema import Study
 
 __all__ = [
-    "BudgetTable",
     "Price",
     "Refusal",
-    "budget_command",
-    "budget_table",
     "charge_round",
     "price",
     "record_policy",
@@ -43,93 +37,20 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Price:
-    """What a study costs the patients of one site; ε is for unit patient, add or remove one.
-
-    Parameters
-    ----------
-    study : str
-        Digest of the study.
-    private : bool
-        False: no differential privacy, and every ε is None.
-    patients : int
-        Patients in the cohort.
-    delta : float
-        The policy's δ, at which ``study_epsilon``, ``before`` and ``after`` are computed.
-    declared_delta, declared_epsilon : float or None
-        The study's own δ, and ε of the whole study at it.
-    study_epsilon : float or None
-        ε of the whole study on its own.
-    before, after : float or None
-        ε over all studies of the patient who will have spent most: now, and once the rest of the
-        study has run.
-    budget, remaining : float
-        ε a patient may spend, and what that patient has left now.
-    overrun : int
-        Patients whose budget the rest of the study would overrun.
-    rounds_charged, rounds_left : int
-        Rounds of this study that are charged and stand, and those still to come.
-    allowed : bool
-        Whether policy and budget permit it; ``code`` and ``reason`` say why not.
-    """
-
-    study: str
-    private: bool
-    patients: int
-    delta: float
-    declared_delta: float | None
-    declared_epsilon: float | None
-    study_epsilon: float | None
-    before: float | None
-    after: float | None
-    budget: float
-    remaining: float
-    overrun: int
-    rounds_charged: int
-    rounds_left: int
-    allowed: bool
-    code: str = ""
-    reason: str = ""
-    hint: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values with unit and adjacency."""
-        return {"unit": UNIT, "adjacency": ADJACENCY, **asdict(self)}
-
-    def sentence(self) -> str:
-        """Say the price in words, for approval by a person."""
-        if not self.private:
-            return f"No differential privacy: no formal protection of {self.patients} patients."
-        return (
-            f"ε {self.study_epsilon:.2f} at δ {self.delta:g} for {self.patients} patients; the "
-            f"patient who has spent most goes from {self.before:.2f} to {self.after:.2f} of "
-            f"{self.budget:g} (unit patient, add or remove one)."
-        )
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a study may not run here."""
-
-    code: str
-    reason: str
-    hint: str
-
-    def error(self, study: Study) -> ConsiliumError:
-        """Return the refusal as the error that stops the study."""
-        return ConsiliumError(
-            self.code, self.reason, where=f"study {study.digest[:12]}", hint=self.hint
-        )
-
-
 def price(
-    ledger: Ledger | LedgerState, policy: Policy, study: Study, patients: Sequence[str]
+    ledger: Ledger | LedgerState,
+    policy: Policy,
+    study: Study,
+    patients: Sequence[str],
+    evaluated: Sequence[str] = (),
+    *,
+    others: Iterable[Decision] = (),
 ) -> Price:
-    """Price the rest of a study for these patients against the site's policy.
+    """Price the rest of a study for these patients against the site's policy, for approval.
 
-    Rounds of the study that are charged and stand count once, with what was really charged; the
-    rounds still to come are added to every patient's history over all studies.
+    Rounds of the study that are charged and stand count once, with what was really charged; what
+    is still to come is added to every patient's history over all studies, and so is the rest of
+    the other studies that were approved. Patients who would overrun are left out.
 
     Parameters
     ----------
@@ -137,8 +58,10 @@ def price(
         The site's ledger.
     policy, study
         What the site permits and what is asked.
-    patients : sequence of str
-        Keyed hashes of the training cohort.
+    patients, evaluated : sequence of str
+        Keyed hashes of the training cohort, and of the test patients.
+    others : iterable of Decision
+        This site's decisions about all studies; see :mod:`consilium_client.budget_reserved`.
 
     Raises
     ------
@@ -146,73 +69,67 @@ def price(
         ``privacy.unreachable`` when no noise keeps the study's own ε. A refusal is no error here:
         see ``allowed``; :func:`require_affordable` raises.
     """
-    state = ledger.state if isinstance(ledger, Ledger) else ledger
-    cohort = frozenset(patients)
+    state = _state(ledger)
     plan = parameters(study)
-    if plan is None:
-        return _non_private(policy, study, len(cohort))
-    delta = policy.budget.delta
-    charged = {charge.round_index for charge in state.standing(study.digest)}
-    left = sum(index not in charged for index in range(plan.rounds))
-    rest = plan.event_of(left) if left else None
-    now: list[float] = []
-    then: list[tuple[float, float, int]] = []
-    for history, number in state.histories(cohort).items():
-        before = epsilon_of(history, delta)
-        after = epsilon_of(grouped((*history, rest)), delta) if rest else before
-        now.append(before)
-        then.append((after, before, number))
-    after, before, _ = max(then, default=(0.0, 0.0, 0))
-    alone = _alone(state, study, cohort, rest, delta)
-    budget = policy.budget.epsilon
-    overrun = sum(number for epsilon, _, number in then if epsilon > budget)
-    found = Price(
-        study=study.digest,
-        private=True,
-        patients=len(cohort),
-        delta=delta,
-        declared_delta=plan.delta,
-        declared_epsilon=epsilon_of([plan.event_total], plan.delta),
-        study_epsilon=alone,
-        before=before,
-        after=after,
-        budget=budget,
-        remaining=max(0.0, budget - before),
-        overrun=overrun,
-        rounds_charged=len(charged),
-        rounds_left=left,
-        allowed=True,
+    reserved = reservations(state, others, study) if plan is not None else ()
+    since = policy.budget.since()
+    scored = frozenset(evaluated) if whole_evaluation(plan) is not None else frozenset()
+    found = compute_price(
+        state,
+        policy,
+        study,
+        plan=plan,
+        patients=patients,
+        evaluated=scored,
+        reserved=reserved,
+        since=since,
     )
-    return _judged(found, policy, study)
+    refused = (
+        policy_refusal(policy, study, plan, len(frozenset(patients)))
+        or policy_refusal(policy, study, plan, len(scored), purpose="evaluation")
+        or _cap_refusal(found, policy)
+        or _left_out_refusal(found, policy)
+    )
+    return found if refused is None else _refused(found, refused)
 
 
 def require_affordable(
-    ledger: Ledger | LedgerState, policy: Policy, study: Study, patients: Sequence[str]
+    ledger: Ledger | LedgerState,
+    policy: Policy,
+    study: Study,
+    patients: Sequence[str],
+    *,
+    purpose: Purpose = "training",
 ) -> Price:
-    """Return the price of the rest of a study, or refuse it.
+    """Return the price of the rest of a study's training or evaluation, or refuse it.
+
+    Nobody is left out here: that was done when the study was approved. What other studies may
+    still spend is not counted again either.
 
     Raises
     ------
     ConsiliumError
-        ``privacy.budget``, ``privacy.delta-too-large``, ``privacy.non-private-refused``,
-        ``privacy.metrics-refused``, ``privacy.cohort-too-small``.
+        ``privacy.budget``, and what :func:`require_permitted` raises.
     """
-    found = price(ledger, policy, study, patients)
-    if not found.allowed:
-        raise Refusal(found.code, found.reason, found.hint).error(study)
-    return found
+    return _require(
+        _state(ledger), policy, study, patients, purpose=purpose, since=policy.budget.since()
+    )
 
 
-def require_permitted(policy: Policy, study: Study, patients: Sequence[str]) -> None:
+def require_permitted(
+    policy: Policy, study: Study, patients: Sequence[str], *, purpose: Purpose = "training"
+) -> None:
     """Refuse a study that the policy does not permit, whatever was spent so far.
 
     Raises
     ------
     ConsiliumError
-        ``privacy.non-private-refused``, ``privacy.metrics-refused``,
-        ``privacy.cohort-too-small``, ``privacy.delta-too-large``.
+        ``privacy.non-private-refused``, ``privacy.threat-model-refused``,
+        ``privacy.too-few-sites``, ``privacy.metrics-refused``, ``privacy.cohort-too-small``,
+        ``privacy.delta-too-large``.
     """
-    refused = _policy_refusal(policy, study, len(set(patients)))
+    count = len(frozenset(patients))
+    refused = policy_refusal(policy, study, parameters(study), count, purpose=purpose)
     if refused is not None:
         raise refused.error(study)
 
@@ -226,36 +143,57 @@ def charge_round(
     *,
     event: PrivacyEvent,
     clip_norm: float,
+    purpose: Purpose = "training",
 ) -> Entry:
-    """Charge one round if policy and budget still permit the rest of the study.
+    """Charge one round or one evaluation if policy and budget still permit the rest of it.
 
     Check and charge are one transaction: no other process can spend in between. The mechanism
     that will run must be the one the study names.
 
     Parameters
     ----------
-    ledger, policy, study, patients
+    ledger, policy, study
         As for :func:`price`.
     round_index : int
-        Round, from 0, below the study's number of rounds.
+        Round, from 0, below the study's number of rounds; of an evaluation the number of rounds
+        done, one of ``study.evaluations``.
+    patients : sequence of str
+        Keyed hashes of those whom the round may sample, or whom the evaluation scores.
     event : PrivacyEvent
-        What the mechanism that will run says of itself for one round.
+        What the mechanism that will run says of itself.
     clip_norm : float
-        C of that mechanism.
+        C of that mechanism; 1/2 for an evaluation. With adaptive clipping any C: the noise
+        follows it, so that the event stays the same.
+    purpose : str
+        ``training`` or ``evaluation`` (default: training).
 
     Raises
     ------
     ConsiliumError
         What :func:`require_affordable` and :meth:`Ledger.charge` raise;
-        ``privacy.mechanism-differs`` when event or clip norm are not the study's.
+        ``privacy.mechanism-differs`` when event or clip norm are not the study's,
+        ``privacy.round-unknown``, ``privacy.nothing-to-charge``.
     """
     plan = parameters(study)
-    if plan is None:
-        raise ConsiliumError("privacy.nothing-to-charge", "The study has no privacy to charge for.")
-    _same_mechanism(plan, event, clip_norm, round_index)
+    expected = None
+    if plan is not None:
+        expected = plan.event_per_round if purpose == "training" else plan.evaluation_event
+    if plan is None or expected is None or study.privacy.mode == "none":
+        what = "no privacy" if plan is None else "no released evaluation figures"
+        raise ConsiliumError("privacy.nothing-to-charge", f"The study has {what} to charge for.")
+    if event != expected or not _same_clip_norm(plan, study, clip_norm, purpose):
+        raise ConsiliumError(
+            "privacy.mechanism-differs",
+            "The mechanism that would run is not the one the study names (sampling rate, noise, "
+            "steps or clip norm).",
+            hint="This is a fault of the program: nothing was charged and nothing ran. Report it.",
+        )
+    _require_known_round(plan, study, round_index, purpose)
     record_policy(ledger, policy)
+    # One moment for both checks. The charge itself is a little later, when no more charges count.
+    since = policy.budget.since()
     # The price is computed before as well: what follows finds it cached and holds the lock briefly.
-    require_affordable(ledger, policy, study, patients)
+    _require(ledger.state, policy, study, patients, purpose=purpose, since=since)
     return ledger.charge(
         study=study.digest,
         round_index=round_index,
@@ -263,7 +201,9 @@ def charge_round(
         clip_norm=clip_norm,
         delta=plan.delta,
         patients=patients,
-        guard=lambda state: require_affordable(state, policy, study, patients),
+        purpose=purpose,
+        model=study.privacy.model,
+        guard=lambda state: _require(state, policy, study, patients, purpose=purpose, since=since),
     )
 
 
@@ -273,126 +213,115 @@ def record_policy(ledger: Ledger, policy: Policy) -> None:
         ledger.record_policy(policy.to_canonical())
 
 
-def _alone(
+def _state(ledger: Ledger | LedgerState) -> LedgerState:
+    return ledger.state if isinstance(ledger, Ledger) else ledger
+
+
+def _require(
     state: LedgerState,
+    policy: Policy,
     study: Study,
-    cohort: frozenset[str],
-    rest: PrivacyEvent | None,
-    delta: float,
-) -> float:
-    """Return ε of the whole study on its own: what it has charged and what is to come."""
-    return max(
-        (
-            epsilon_of(grouped((*history, rest)) if rest else history, delta)
-            for history in state.histories(cohort, study=study.digest)
-        ),
-        default=0.0,
+    patients: Sequence[str],
+    *,
+    purpose: Purpose,
+    since: str | None,
+) -> Price:
+    require_permitted(policy, study, patients, purpose=purpose)
+    training = purpose == "training"
+    found = compute_price(
+        state,
+        policy,
+        study,
+        plan=parameters(study),
+        patients=patients if training else (),
+        evaluated=() if training else patients,
+        reserved=(),
+        since=since,
     )
+    refused = _cap_refusal(found, policy) or _overrun_refusal(found)
+    if refused is not None:
+        raise refused.error(study)
+    return found
 
 
-def _non_private(policy: Policy, study: Study, patients: int) -> Price:
-    found = Price(
-        study=study.digest,
-        private=False,
-        patients=patients,
-        delta=policy.budget.delta,
-        declared_delta=None,
-        declared_epsilon=None,
-        study_epsilon=None,
-        before=None,
-        after=None,
-        budget=policy.budget.epsilon,
-        remaining=policy.budget.epsilon,
-        overrun=0,
-        rounds_charged=0,
-        rounds_left=study.federation.rounds,
-        allowed=True,
-    )
-    return _judged(found, policy, study)
+def _same_clip_norm(
+    plan: PrivacyParameters, study: Study, clip_norm: float, purpose: Purpose
+) -> bool:
+    if purpose == "evaluation":
+        return float(clip_norm) == SCORE_SENSITIVITY
+    if study.privacy.mode == "patient" and study.privacy.clipping.kind == "adaptive":
+        return float(clip_norm) > 0
+    return float(clip_norm) == plan.clip_norm
 
 
-def _judged(found: Price, policy: Policy, study: Study) -> Price:
-    """Return the price with the first reason why policy or budget refuse it, if there is one."""
-    refused = _refusal(found, policy, study)
-    if refused is None:
-        return found
-    return replace(
-        found, allowed=False, code=refused.code, reason=refused.reason, hint=refused.hint
-    )
-
-
-def _refusal(found: Price, policy: Policy, study: Study) -> Refusal | None:
-    """Return why policy or budget refuse a study at its price; None where they do not."""
-    refused = _policy_refusal(policy, study, found.patients)
-    if refused is not None or not found.private:
-        return refused
-    assert found.study_epsilon is not None
-    cap = policy.per_study_epsilon
-    if cap is not None and found.study_epsilon > cap:
-        return Refusal(
-            "privacy.budget",
-            f"The study costs ε {found.study_epsilon:.2f} at δ {found.delta:g}; this site's policy "
-            f"permits {cap:g} for one study.",
-            "Propose fewer rounds or more noise, or raise per_study_epsilon in policy.yaml.",
-        )
-    if found.overrun:
-        return Refusal(
-            "privacy.budget",
-            f"The study would overrun the privacy budget of patients at this site: "
-            f"ε {found.budget:g} at δ {found.delta:g} per patient over all studies.",
-            "Propose fewer rounds or more noise. `consilium site budget` shows what is left.",
-        )
-    return None
-
-
-def _policy_refusal(policy: Policy, study: Study, patients: int) -> Refusal | None:
-    """Return why the policy refuses a study, whatever was spent; None where it does not."""
-    private = study.privacy.mode != "none"
-    if not private and not policy.permit_non_private:
-        return Refusal(
-            "privacy.non-private-refused",
-            "The study has no differential privacy, which this site's policy does not permit.",
-            "Give the study privacy, or set permit_non_private in the site's policy.yaml.",
-        )
-    if study.evaluation.release == "exact" and not policy.release_exact_metrics:
-        return Refusal(
-            "privacy.metrics-refused",
-            "The study releases exact evaluation figures, which this site's policy does not "
-            "permit.",
-            "Set evaluation.release to none, or release_exact_metrics in the site's policy.yaml.",
-        )
-    if patients < policy.minimal_cohort:
-        # How many there are stays at the site: it is a fact about its data.
-        return Refusal(
-            "privacy.cohort-too-small",
-            f"The site has fewer than {policy.minimal_cohort} patients for this study, the "
-            "fewest its policy permits.",
-            "Import more cases, or lower minimal_cohort in the site's policy.yaml.",
-        )
-    delta = policy.budget.delta
-    if private and delta * patients >= 1:
-        return Refusal(
-            "privacy.delta-too-large",
-            f"δ {delta:g} of the site's policy is not below 1 / number of patients, so the "
-            "promise would be empty.",
-            "Lower budget.delta in the site's policy.yaml, best to 1 / (10 × patients).",
-        )
-    return None
-
-
-def _same_mechanism(
-    plan: PrivacyParameters, event: PrivacyEvent, clip_norm: float, round_index: int
+def _require_known_round(
+    plan: PrivacyParameters, study: Study, round_index: int, purpose: Purpose
 ) -> None:
-    if event != plan.event_per_round or float(clip_norm) != plan.clip_norm:
-        raise ConsiliumError(
-            "privacy.mechanism-differs",
-            "The mechanism that would run is not the one the study names (sampling rate, noise, "
-            "steps or clip norm).",
-            hint="This is a fault of the program: nothing was charged and nothing ran. Report it.",
-        )
-    if not 0 <= round_index < plan.rounds:
+    if purpose == "training" and not 0 <= round_index < plan.rounds:
         raise ConsiliumError(
             "privacy.round-unknown",
             f"The study has {plan.rounds} rounds; round {round_index} is not one of them.",
             hint="Rounds are counted from 0.",
         )
+    if purpose == "evaluation" and round_index not in study.evaluations:
+        known = ", ".join(str(number) for number in study.evaluations)
+        raise ConsiliumError(
+            "privacy.round-unknown",
+            f"The study does not evaluate after {round_index} rounds.",
+            hint=f"It evaluates after these numbers of rounds: {known}.",
+        )
+
+
+def _refused(found: Price, refusal: Refusal) -> Price:
+    return replace(
+        found, allowed=False, code=refusal.code, reason=refusal.reason, hint=refusal.hint
+    )
+
+
+def _cap_refusal(found: Price, policy: Policy) -> Refusal | None:
+    """Return why the cap for one study refuses it; None where it does not."""
+    cap = policy.per_study_epsilon
+    cost = max(found.study_epsilon or 0.0, found.evaluation_epsilon or 0.0)
+    if cap is None or cost <= cap:
+        return None
+    return Refusal(
+        "privacy.budget",
+        f"The study costs ε {cost:.2f} at δ {found.delta:g}; this site's policy permits {cap:g} "
+        "for one study.",
+        "Propose fewer rounds or more noise, or raise per_study_epsilon in policy.yaml.",
+    )
+
+
+def _overrun_refusal(found: Price) -> Refusal | None:
+    """Return why a study that may leave out nobody is refused; None where all can afford it."""
+    if not found.leaves_out:
+        return None
+    return Refusal(
+        "privacy.budget",
+        "The study would overrun the privacy budget of patients at this site: "
+        f"ε {found.budget:g} at δ {found.delta:g} per patient over all studies.",
+        "Approve the study again, which leaves those patients out, or propose fewer rounds or "
+        "more noise. `consilium site budget` shows what is left.",
+    )
+
+
+def _left_out_refusal(found: Price, policy: Policy) -> Refusal | None:
+    """Return why too few remain once those who would overrun are left out; None where enough."""
+    if not found.private:
+        return None
+    if found.patients < policy.minimal_cohort:
+        return Refusal(
+            "privacy.budget",
+            "The study would overrun the privacy budget of patients at this site (ε "
+            f"{found.budget:g} at δ {found.delta:g} per patient over all studies); without them "
+            f"fewer than {policy.minimal_cohort} remain, the fewest its policy permits.",
+            "Propose fewer rounds or more noise, or decline approved studies that will not run. "
+            "`consilium site budget` shows what is left.",
+        )
+    if found.evaluation_epsilon is not None and not found.evaluated:
+        return Refusal(
+            "privacy.no-test-patients",
+            "The study releases noised evaluation figures, and no test patient remains for them.",
+            "Raise the share of test patients in site.yaml, or ask for evaluation.release none.",
+        )
+    return None

@@ -1,4 +1,4 @@
-"""`consilium site`: join a consortium, import data, approve studies, train."""
+"""`consilium site`: join a consortium, import data, approve studies, train, account for it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from consilium_client.data.cli import data_app
 from consilium_client.home import HOME_VARIABLE, SiteHome
 from consilium_common.console import command, note, result
+from consilium_common.errors import ConsiliumError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +32,15 @@ Cohort = Annotated[
     typer.Option(
         min=1,
         help="Cohort size to declare in public (default: training patients, rounded down).",
+    ),
+]
+Tested = Annotated[
+    int | None,
+    typer.Option(
+        "--evaluation-size",
+        min=1,
+        help="Test patients to declare in public, where noised evaluation figures leave "
+        "(default: to the nearest five).",
     ),
 ]
 
@@ -64,12 +74,21 @@ def start(home: Home = DEFAULT_HOME) -> None:
     import logging
     import sys
 
+    from consilium_client.identity import SiteIdentity
+    from consilium_client.policy_record import record_current_policy
     from consilium_client.supervisor import serve
 
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
-    asyncio.run(serve(SiteHome.existing(home), note))
+    site = SiteHome.existing(home)
+    identity = SiteIdentity.load(site)
+    try:
+        record_current_policy(site, identity)
+    except ConsiliumError as error:
+        # A site without a sound policy or ledger stays reachable, and every round is refused.
+        note(f"nothing will be trained: {error.message} ({error.code}) {error.hint}")
+    asyncio.run(serve(site, note))
 
 
 @app.command()
@@ -112,9 +131,14 @@ def studies(home: Home = DEFAULT_HOME) -> None:
 
 @app.command()
 @command
-def review(study: Which, cohort_size: Cohort = None, home: Home = DEFAULT_HOME) -> None:
+def review(
+    study: Which,
+    cohort_size: Cohort = None,
+    evaluation_size: Tested = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
     """Show in words what a study would do here, what would leave, and what it costs."""
-    found = _review(home, study, cohort_size)
+    found = _review(home, study, cohort_size, evaluation_size)
     result(_review_data(found), "\n".join(_review_lines(found)))
 
 
@@ -123,23 +147,28 @@ def review(study: Which, cohort_size: Cohort = None, home: Home = DEFAULT_HOME) 
 def approve(
     study: Which,
     cohort_size: Cohort = None,
+    evaluation_size: Tested = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Approve a study: sign its digest. Nothing else may ever run under this approval."""
+    """Approve a study: sign its digest. Nothing else may ever run under this approval.
+
+    Patients whose privacy budget the study would overrun are left out of it from here on.
+    """
     from consilium_client.identity import SiteIdentity
     from consilium_client.reviewing import approve as approve_study
 
-    found = _review(home, study, cohort_size)
+    found = _review(home, study, cohort_size, evaluation_size)
     if not yes:
         note("\n".join(_review_lines(found)))
         typer.confirm("Approve?", abort=True, err=True)
     site = SiteHome.existing(home)
     answer = approve_study(site, SiteIdentity.load(site), found)
+    tested = f" and {found.evaluation_size} test patients" if found.evaluation_size else ""
     result(
         {**_review_data(found), **answer},
         f"Approved {found.proposal.study.name} ({found.proposal.study.digest[:12]}), declaring"
-        f" {found.cohort_size} patients.",
+        f" {found.cohort_size} patients{tested}. {found.price.sentences()[0]}",
     )
 
 
@@ -161,46 +190,51 @@ def decline(
 
 @app.command()
 @command
+def policy(home: Home = DEFAULT_HOME) -> None:
+    """Check policy.yaml, show it in words, and record a change of it in the ledger."""
+    from consilium_client.identity import SiteIdentity
+    from consilium_client.policy_record import record_current_policy
+
+    site = SiteHome.existing(home)
+    found = record_current_policy(site, SiteIdentity.load(site))
+    result(found.to_dict(), "\n".join(found.lines()))
+
+
+@app.command()
+@command
 def budget(
     patient: Annotated[
-        str | None, typer.Option(help="patient_id of one patient, as in cases.csv.")
+        str | None,
+        typer.Option(help="patient_id of one patient, as in cases.csv; - reads it from stdin."),
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option(help="Name or first digits of the digest of a charged study.")
     ] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Show what patients have spent of their privacy budget, and what is left."""
-    from consilium_client.budget import budget_command
+    import sys
 
-    key = None
-    if patient is not None:
-        from consilium_client.data.split import open_patient_key
+    from consilium_client.budget_table import budget_command
 
-        key = open_patient_key(SiteHome.existing(home)).name(patient)
-    budget_command(home, key)
+    # From stdin an identifier stands neither in the shell's history nor in the process list.
+    patient_id = sys.stdin.readline().strip() if patient == "-" else patient
+    budget_command(home, patient_id, study)
 
 
 @app.command()
 @command
 def results(study: Which, home: Home = DEFAULT_HOME) -> None:
-    """Show how the final model does on this site's own test patients; stays at the site."""
-    from consilium_client.results import final_evaluation
+    """Show how the newest model does on this site's own test patients; stays at the site."""
+    from consilium_client.results import newest_evaluation
 
-    data = final_evaluation(SiteHome.existing(home), study)
+    data = newest_evaluation(SiteHome.existing(home), study)
 
     def people(console: Console) -> None:
-        from rich.table import Table
-
-        console.print(
-            f"{data['name']} after {data['rounds_done']} rounds, {data['cases']} test cases",
-            markup=False,
-        )
-        if "dice" in data:
-            table = Table("class", "Dice", "cases")
-            for name, row in data["dice"].items():
-                mean = "–" if row["mean"] is None else f"{row['mean']:.3f}"
-                table.add_row(name, mean, str(row["count"]))
-            console.print(table)
-        if "accuracy" in data:
-            console.print(f"accuracy {data['accuracy']:.3f}")
+        start = data["start"] if data["rounds_done"] else None
+        for title, figures in (("starting model", start), ("", data)):
+            if figures is not None:
+                _print_figures(console, figures, title)
         console.print(f"report folder: {data['folder']}", markup=False)
 
     result(data, people)
@@ -212,35 +246,71 @@ def egress(
     study: Annotated[str, typer.Argument(help="First digits of a digest; all if empty.")] = "",
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """List every update that was stored to leave this site: study, round, bytes, SHA-256."""
-    from consilium_client.store import StudyStore
+    """List all that was stored to leave this site: study, purpose, round, bytes, SHA-256."""
+    from consilium_client.evidence import egress_rows
 
-    rows = StudyStore(SiteHome.existing(home)).updates(study)
+    rows = egress_rows(SiteHome.existing(home), study)
 
     def people(console: Console) -> None:
         from rich.table import Table
 
-        table = Table("study", "round", "bytes", "SHA-256", "stored (UTC)")
+        table = Table("study", "what", "bytes", "SHA-256", "stored (UTC)")
         for row in rows:
-            when = row["stored_at"][:19].replace("T", " ")
+            number = row["round"]
+            training = row["purpose"] == "training"
             table.add_row(
                 row["study"][:12],
-                str(row["round"] + 1),
+                f"update of round {number + 1}" if training else f"figures after round {number}",
                 str(row["bytes"]),
-                row["sha256"][:16],
-                when,
+                row["sha256"][:12],
+                row["stored_at"][:16].replace("T", " "),
             )
-        console.print(table if rows else "No update was stored yet: nothing has left this site.")
+        console.print(table if rows else "Nothing was stored yet: nothing has left this site.")
 
     result({"updates": rows}, people)
 
 
-def _review(home: Path, study: str, cohort_size: int | None) -> Review:
+@app.command()
+@command
+def evidence(
+    folder: Annotated[Path, typer.Argument(help="New folder to write.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Write what the privacy officer needs: ledger, keys, studies, egress; for `audit report`."""
+    from consilium_client.evidence import write_evidence
+    from consilium_client.identity import SiteIdentity
+
+    site = SiteHome.existing(home)
+    data = write_evidence(site, SiteIdentity.load(site), folder)
+    result(
+        data,
+        f"Evidence of {data['site']} up to ledger entry {data['head']}: {data['studies']} studies,"
+        f" {data['released']} releases, in {data['folder']}\n"
+        f"Next: consilium audit report {data['folder']}",
+    )
+
+
+def _print_figures(console: Console, data: dict[str, Any], title: str) -> None:
+    from rich.table import Table
+
+    what = title or f"after {data['rounds_done']} rounds"
+    console.print(f"{data['name']}, {what}, {data['cases']} test cases", markup=False)
+    if "dice" in data:
+        table = Table("class", "Dice", "cases")
+        for name, row in data["dice"].items():
+            mean = "–" if row["mean"] is None else f"{row['mean']:.3f}"
+            table.add_row(name, mean, str(row["count"]))
+        console.print(table)
+    if "accuracy" in data:
+        console.print(f"accuracy {data['accuracy']:.3f}")
+
+
+def _review(home: Path, study: str, cohort_size: int | None, evaluation_size: int | None) -> Review:
     from consilium_client.identity import SiteIdentity
     from consilium_client.reviewing import review as review_study
 
     site = SiteHome.existing(home)
-    return review_study(site, SiteIdentity.load(site), study, cohort_size)
+    return review_study(site, SiteIdentity.load(site), study, cohort_size, evaluation_size)
 
 
 def _review_data(found: Review) -> dict[str, Any]:
@@ -248,7 +318,9 @@ def _review_data(found: Review) -> dict[str, Any]:
         "digest": found.proposal.study.digest,
         "name": found.proposal.study.name,
         "patients": found.patients,
+        "evaluated": found.evaluated,
         "cohort_size": found.cohort_size,
+        "evaluation_size": found.evaluation_size,
         "price": found.price.to_dict(),
     }
 
@@ -256,11 +328,13 @@ def _review_data(found: Review) -> dict[str, Any]:
 def _review_lines(found: Review) -> list[str]:
     from consilium_common.study.plan import describe
 
-    refused = f"\nThis site refuses it: {found.price.reason}"
-    verdict = "" if found.price.allowed else refused
-    return [
-        *describe(found.proposal.study),
-        "",
-        f"Here: {found.patients} training patients; {found.cohort_size} would be declared.",
-        found.price.sentence() + verdict,
-    ]
+    here = f"Here: {found.patients} training patients; {found.cohort_size} would be declared."
+    if found.evaluation_size:
+        here += (
+            f" {found.evaluated} test patients; {found.evaluation_size} would be declared. Scores"
+            " are centred before they are summed, so rounding this number moves the mean little."
+        )
+    lines = [*describe(found.proposal.study), "", here, *found.price.sentences()]
+    if not found.price.allowed:
+        lines += [f"This site refuses it: {found.price.reason}", found.price.hint]
+    return lines

@@ -2,7 +2,9 @@
 
 Flower names every object by the SHA-256 of its content. A reply's objects are registered when the
 reply is made; the gate passes exactly those, after it has looked itself whether the study is
-approved and, in a private study, whether the ledger has charged and released this very update.
+approved. In a private study it passes nothing but what the ledger has charged and released, byte
+for byte: a round's update, or the noised figures of an evaluation. An evaluation without figures
+passes too: it says nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import json
 import logging
 from typing import Final
 
-from consilium_client.flower_private import CRASHED_REASON, Push, reason_code
+from consilium_client.flower_private import CRASHED_REASON, Push, object_ids, reason_code
 from consilium_client.home import SiteHome
 from consilium_client.store import StudyStore, public_error
 from consilium_common.errors import ConsiliumError
+from consilium_common.ledger.entries import Purpose
 from consilium_common.ledger.store import Ledger
+from consilium_common.wire.messages import to_server
 
 _log = logging.getLogger(__name__)
 
@@ -47,15 +51,15 @@ class EgressGate:
         if push.error_reason is not None:
             self._check_error(push)
             return
-        for object_id in push.object_ids:
-            permitted = self._store.outgoing(object_id)
-            if permitted is None:
-                raise self._refusal("an object that no approved study has stored")
-            digest, round_index, kind = permitted
-            approved = self._store.approved(digest)
-            if kind == "train" and approved.study.privacy.mode == "patient":
-                assert round_index is not None
-                self._check_charged(digest, round_index)
+        permitted = [self._store.outgoing(object_id) for object_id in push.object_ids]
+        if not permitted or None in permitted:
+            raise self._refusal("an object that no approved study has stored")
+        # As a rule all are of one reply; the record of no figures is the same in every reply.
+        for digest, round_index, kind in {row for row in permitted if row is not None}:
+            study = self._store.approved(digest).study
+            if study.privacy.mode == "patient":
+                assert round_index is not None  # errors have none, and belong to no study
+                self._check_released(push, digest, round_index, kind)
 
     def check_object(self, object_id: str, content: bytes) -> None:
         """Raise ``privacy.egress`` unless the content is the object it is named, and permitted."""
@@ -80,8 +84,28 @@ class EgressGate:
         if code is None or not _is_plain_error(reason, code):
             raise self._refusal("an error reply with words of its own")
 
-    def _check_charged(self, digest: str, round_index: int) -> None:
-        update = self._store.update(digest, round_index)
+    def _check_released(self, push: Push, digest: str, round_index: int, kind: str) -> None:
+        """Refuse a private study's reply that holds other than what the ledger has released.
+
+        Objects are named by their content: the names that a reply may have are computed here anew,
+        from what is stored under the hash that the ledger names.
+        """
+        content = set(push.object_ids[1:])  # the first is the message: metadata without content
+        if kind == "evaluate" and content == set(object_ids(to_server(None, None))):
+            return
+        purpose: Purpose = "training" if kind == "train" else "evaluation"
+        update = self._store.update(digest, round_index, purpose)
+        charge = self._open_ledger().find_charge(digest, round_index, purpose)
+        if update is None or charge is None or charge.update != update.sha256:
+            raise self._refusal(f"the result of a private {purpose} that was never released")
+        if purpose == "training":
+            released = to_server(update.blob, None)
+        else:
+            released = to_server(None, json.loads(update.blob))
+        if content != set(object_ids(released)):
+            raise self._refusal("other content than the ledger has released")
+
+    def _open_ledger(self) -> Ledger:
         if self._ledger is None:
             # Kept open: opening reads the whole chain, later looks read what was appended.
             try:
@@ -89,9 +113,7 @@ class EgressGate:
             except ConsiliumError as error:
                 _log.error("%s", error)
                 raise self._refusal("an update while the ledger cannot be read") from error
-        charge = self._ledger.find_charge(digest, round_index)
-        if update is None or charge is None or charge.update != update.sha256:
-            raise self._refusal("an update that the ledger has not charged")
+        return self._ledger
 
     def _refusal(self, what: str) -> ConsiliumError:
         _log.error("refused to let out %s", what)

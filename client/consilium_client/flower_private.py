@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from consilium_client.faults import fault_point
 from consilium_common.errors import ConsiliumError
 from consilium_common.flower_bundle import bundle_hash
 
@@ -83,7 +84,7 @@ class Push:
     """An outgoing reply as PushMessages announces it."""
 
     body: bytes  #: the request, without the run time that Flower adds
-    object_ids: tuple[str, ...]  #: of the message and everything in it
+    object_ids: tuple[str, ...]  #: of the message, which comes first, and everything in it
     error_reason: str | None  #: of an error reply
 
 
@@ -133,6 +134,16 @@ def read_push_object(body: bytes) -> tuple[str, bytes]:
     except DecodeError as error:
         raise ConsiliumError("privacy.egress", "An outgoing object cannot be read.") from error
     return str(request.object_id), bytes(request.object_content)
+
+
+def object_ids(whole: Any) -> list[str]:
+    """Return the ids of a message or record and of everything in it, the whole itself last.
+
+    An id is the SHA-256 of the object's content, so equal records have equal ids.
+    """
+    from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
+
+    return [str(tree.object_id) for tree in iterate_object_tree(get_object_tree(whole))]
 
 
 def _walk(tree: Any) -> Iterator[str]:
@@ -262,10 +273,6 @@ def run_client_task(
     from flwr.app import Error, Message
     from flwr.common.constant import ErrorCode, SubStatus
     from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-    from flwr.supercore.inflatable.inflatable_object import (
-        get_object_tree,
-        iterate_object_tree,
-    )
     from flwr.supercore.interceptors import (
         RuntimeTokenHttpInterceptor,
         RuntimeVersionHttpInterceptor,
@@ -321,15 +328,18 @@ def run_client_task(
                 Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message
             )
         reply.metadata.__dict__["_message_id"] = reply.object_id
-        object_ids = [tree.object_id for tree in iterate_object_tree(get_object_tree(reply))]
-        permit(message, reply, object_ids)
+        fault_point("reply.made")
+        permit(message, reply, object_ids(reply))
+        fault_point("reply.permitted")
         push_message(client, reply, context)
+        fault_point("reply.pushed")
         status, details = SubStatus.COMPLETED, ""
     finally:
         # Once: a SuperNode that is gone does not know this task when it comes back.
         source.end()
         retry.max_tries = 1
         push_task_output(client, None, status, details)
+        fault_point("reply.done")
         heartbeat.stop()
         pulse.close()
         client.close()

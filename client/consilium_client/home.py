@@ -64,6 +64,11 @@ class SiteHome:
         return private_folder(self.path / "identity")
 
     @property
+    def witness_certificate(self) -> Path:
+        """The aggregator's witness certificate, as it was first shown; missing until then."""
+        return self.identity / "witness.pem"
+
+    @property
     def data(self) -> Path:
         """``site.yaml``, ``cases.csv`` and the cache of pixels."""
         return private_folder(self.path / "data")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from consilium_client.egress import EgressGate
+from consilium_client.faults import fault_point
 from consilium_client.flower_private import (
     activated_node,
     confirmed_message,
@@ -30,6 +31,7 @@ from consilium_client.identity import SiteIdentity
 from consilium_common import __version__
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
+from consilium_common.files import write_atomic
 from consilium_common.identity.keys import load_tls_key
 from consilium_common.wire.channel import CHANNEL_OPTIONS, rpc_error
 from consilium_common.wire.methods import (
@@ -126,6 +128,7 @@ class Link:
     async def _forward(
         self, call: str, body: bytes, headers: list[tuple[str, str]]
     ) -> tuple[int, bytes]:
+        fault_point(f"link.before.{call}")
         invoke = self._channel.unary_unary(fleet_method(call))(
             body, metadata=headers, timeout=_CALL_SECONDS
         )
@@ -134,10 +137,11 @@ class Link:
             trailing = dict(await invoke.trailing_metadata() or ())
         except grpc.aio.AioRpcError as error:
             return self._failed(error), b""
+        fault_point(f"link.after.{call}")
         status = int(trailing.get(HTTP_STATUS_KEY, 200))
         if status == 200 and call == "ActivateNode":
             node = {"node_id": activated_node(content)}
-            (self._home.run / "node.json").write_text(json.dumps(node), encoding="utf-8")
+            write_atomic(self._home.run / "node.json", json.dumps(node).encode())
         if call == "PullMessages":
             self._replied_before = self._replied_at()
         if call == "ConfirmMessageReceived":
@@ -221,11 +225,10 @@ class Link:
     def _note_running(self, digests: list[str]) -> None:
         """Tell the executor which studies run, so that it ends the workers of all others."""
         if digests != self._running:
-            self._running = digests
-            path = self._home.running
-            temporary = path.with_suffix(".new")
-            temporary.write_text(json.dumps(digests), encoding="utf-8")
-            temporary.replace(path)
+            # A full disk is not the aggregator's concern: said again with the next hello.
+            with contextlib.suppress(ConsiliumError):
+                write_atomic(self._home.running, json.dumps(digests).encode(), durable=False)
+                self._running = digests
 
     async def _until_replied(self) -> None:
         """Hold the SuperNode's call until its task has replied, for a while.

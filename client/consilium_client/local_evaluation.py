@@ -32,8 +32,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on the site's test patients and write a report folder.
 
-    Writes ``reports/<digest>/round-NNNNN.json``; after the last round also ``evaluation.json`` and
-    pictures of a few cases.
+    Writes ``reports/<digest>/round-NNNNN.json``, of the starting model too (``round-00000.json``);
+    after the last round also ``evaluation.json`` and pictures of a few cases.
     """
     study = session.study
     tensors = unpack(weights)
@@ -54,18 +54,6 @@ def evaluate(
         write_atomic(folder / "evaluation.json", content)
         write_atomic(folder / "model.safetensors", weights)
     return evaluation
-
-
-def exact_figures(evaluation: Evaluation) -> dict[str, float]:
-    """Return sums and counts per class: what aggregates rightly over sites, unlike means."""
-    figures: dict[str, float] = {"cases": float(len(evaluation.rows))}
-    for dice in evaluation.dice:
-        figures[f"dice.{dice.name}.total"] = float(dice.total)
-        figures[f"dice.{dice.name}.count"] = float(dice.count)
-    if evaluation.auc:
-        figures["correct"] = float(sum(row.correct for row in evaluation.rows))
-        figures["decisions"] = float(sum(row.decisions for row in evaluation.rows))
-    return figures
 
 
 def _write_pictures(

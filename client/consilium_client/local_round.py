@@ -1,31 +1,45 @@
-"""One round at a site: approval, policy, charge, training, storing, in the order that keeps faith.
+"""One release of a site: approval, policy, charge, work, storing, in the order that keeps faith.
 
-The order is what a crash cannot undo: the charge is durable before data is touched, the update is
-stored before it is released, and a round that was stored is never computed again.
+The order is what a crash cannot undo: the charge is durable before data is touched, the result is
+stored before it is released, and what was stored is never computed again. A round's update and the
+figures of an evaluation go the same way.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
 
 from consilium_client.budget import charge_round, require_permitted
+from consilium_client.faults import fault_point
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
-from consilium_client.policy import load_policy
+from consilium_client.policy import Policy, load_policy
+from consilium_client.score_query import ScoreQuery
 from consilium_client.store import Decision, StoredUpdate, StudyStore
+from consilium_client.training.evaluation import Evaluation, exact_figures, patient_scores
 from consilium_client.training.session import TrainingSession
+from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
+from consilium_common.ledger.entries import Purpose
 from consilium_common.ledger.store import Ledger
 from consilium_common.models.weights import pack, unpack
 from consilium_common.privacy.accounting import parameters
+from consilium_common.privacy.events import SCORE_SENSITIVITY, PrivacyEvent
 from consilium_common.wire.messages import Instructions
+
+if TYPE_CHECKING:
+    from consilium_client.data.cohort import Patient
 
 _log = logging.getLogger(__name__)
 
+#: The one figure of a released evaluation: the noised sum of centred scores.
+SUM: Final = "sum"
+
 
 class LocalRounds:
-    """Trains the rounds of one approved study.
+    """Trains and evaluates the rounds of one approved study.
 
     Parameters
     ----------
@@ -33,6 +47,8 @@ class LocalRounds:
         The study's network, data and device.
     patients : sequence of str
         Keyed hashes of every patient that training may sample.
+    evaluated : sequence of Patient
+        Every patient that a released evaluation scores, in the order of the session's cohort.
     """
 
     def __init__(
@@ -42,6 +58,8 @@ class LocalRounds:
         decision: Decision,
         session: TrainingSession,
         patients: Sequence[str],
+        *,
+        evaluated: Sequence[Patient] = (),
     ) -> None:
         self._home = home
         self._identity = identity
@@ -49,6 +67,7 @@ class LocalRounds:
         self._cohort_size = decision.cohort_size
         self._session = session
         self._patients = tuple(patients)
+        self._evaluated = tuple(evaluated)
         self._store = StudyStore(home)
         self._ledger: Ledger | None = None
 
@@ -65,28 +84,105 @@ class LocalRounds:
         ConsiliumError
             ``study.not-approved``, ``privacy.*`` (policy, budget, ledger, truth check), ``run.*``.
         """
-        digest, number = self._study.digest, instructions.round_index
         if instructions.cohort_size != self._cohort_size:
             raise ConsiliumError(
                 "run.cohort-size",
                 "The aggregator names another cohort size than this site declared.",
                 hint="Approve the study again; the figure stands in the signed approval.",
             )
-        # Read afresh every round: an approval can be withdrawn while the worker lives.
-        self._store.approved(digest)
+        policy = self._permitted()
+        number = instructions.round_index
+        private = parameters(self._study)
+        if private is None:
+            stored = self._store.update(self._study.digest, number)
+            return stored or self._train(instructions, weights, progress)
+        # Where clipping adapts, a round begins with the norm that the site's last one left.
+        clip_norm = self._store.clip_norm_after(self._study.digest, number) or private.clip_norm
+        return self._once(
+            "training",
+            number,
+            lambda: self._train(instructions, weights, None, private.event_per_round, clip_norm),
+            policy=policy,
+            patients=self._patients,
+            event=private.event_per_round,
+            clip_norm=clip_norm,
+        )
+
+    def evaluate(
+        self, instructions: Instructions, evaluation: Callable[[], Evaluation]
+    ) -> dict[str, float]:
+        """Evaluate, and return the figures that may leave: none, exact ones or the noised sum.
+
+        Parameters
+        ----------
+        evaluation : callable
+            Evaluates the model on this site's test patients. Where the noised sum leaves it is
+            called once for a number of rounds done, after the charge; asked again, the site sends
+            what it stored.
+
+        Raises
+        ------
+        ConsiliumError
+            As :meth:`train`; ``privacy.no-test-patients`` when there is nobody to evaluate on.
+        """
+        policy = self._permitted()
+        private = parameters(self._study)
+        if private is None or private.evaluation_noise is None:
+            found = evaluation()
+            return exact_figures(found) if self._releases_exact(policy) else {}
+        if not self._evaluated:
+            raise ConsiliumError(
+                "privacy.no-test-patients",
+                "The study releases evaluation figures and this site has no patients for them.",
+                hint="Raise the share of test patients in site.yaml, or decline the study.",
+            )
+        query = ScoreQuery(private.evaluation_noise)
+
+        def release() -> StoredUpdate:
+            scores = patient_scores(evaluation(), self._evaluated)
+            fault_point("evaluation.scored")
+            figures = {SUM: query.release(scores)}
+            return self._store.keep_update(
+                self._study.digest,
+                instructions.round_index,
+                canonical_json(figures),
+                figures,
+                purpose="evaluation",
+            )
+
+        return self._once(
+            "evaluation",
+            instructions.round_index,
+            release,
+            policy=policy,
+            patients=[patient.key for patient in self._evaluated],
+            event=query.event,
+            clip_norm=SCORE_SENSITIVITY,
+        ).figures
+
+    def _permitted(self) -> Policy:
+        # Read afresh every time: an approval can be withdrawn while the worker lives.
+        self._store.approved(self._study.digest)
         policy = load_policy(self._home)
         require_permitted(policy, self._study, self._patients)
-        private = parameters(self._study)
-        stored = self._store.update(digest, number)
-        if private is None:
-            return stored or self._compute(instructions, weights, progress)
-        if self._ledger is None:
-            # Opened once, in this process: opening reads and checks the whole chain.
-            self._ledger = Ledger.open(
-                self._home.ledger, self._identity.signer(), site=self._identity.config.name
-            )
-        ledger = self._ledger
-        charge = ledger.find_charge(digest, number)
+        return policy
+
+    def _once(
+        self,
+        purpose: Purpose,
+        number: int,
+        compute: Callable[[], StoredUpdate],
+        *,
+        policy: Policy,
+        patients: Sequence[str],
+        event: PrivacyEvent,
+        clip_norm: float,
+    ) -> StoredUpdate:
+        """Return what is stored of a round, or charge, compute and store it, and release it."""
+        digest = self._study.digest
+        ledger = self._open_ledger()
+        stored = self._store.update(digest, number, purpose)
+        charge = ledger.find_charge(digest, number, purpose)
         if stored is not None:
             if charge is None:
                 raise ConsiliumError(
@@ -94,59 +190,82 @@ class LocalRounds:
                 )
             # Killed between storing and recording: recording again changes nothing.
             ledger.release(charge, stored.sha256)
+            fault_point(f"{purpose}.released")
             return stored
         if charge is not None and charge.state == "open":
-            # Killed while training. Nothing was stored, and only what is stored can leave.
-            ledger.void(charge, "no update was stored; the training process died")
+            # Killed in mid-work. Nothing was stored, and only what is stored can leave.
+            fault_point(f"{purpose}.before-void")
+            ledger.void(charge, f"nothing was stored; the {purpose} process died")
+            fault_point(f"{purpose}.voided")
         elif charge is not None and charge.state == "released":
             raise ConsiliumError(
                 "privacy.update-lost",
                 "This round's update was released and is gone; it cannot be computed again.",
                 hint="Restore studies.db and the releases folder from your backup.",
             )
+        fault_point(f"{purpose}.before-charge")
         entry = charge_round(
             ledger,
             policy,
             self._study,
             number,
-            self._patients,
-            event=private.event_per_round,
-            clip_norm=private.clip_norm,
+            patients,
+            event=event,
+            clip_norm=clip_norm,
+            purpose=purpose,
         )
-        update = self._compute(instructions, weights, progress)
+        fault_point(f"{purpose}.charged")
+        update = compute()
         ledger.release(entry, update.sha256)
+        fault_point(f"{purpose}.released")
         return update
 
-    def _compute(
+    def _train(
         self,
         instructions: Instructions,
         weights: bytes,
-        progress: Callable[[int, int], None],
+        progress: Callable[[int, int], None] | None,
+        charged: PrivacyEvent | None = None,
+        clip_norm: float | None = None,
     ) -> StoredUpdate:
-        private = self._study.privacy.mode == "patient"
-        # How long a private step takes tells how many patients were drawn: no step is reported.
+        digest, number = self._study.digest, instructions.round_index
+
+        def step(done: int, steps: int) -> None:
+            fault_point("training.step")
+            # How long a private step takes tells how many patients were drawn: none is reported.
+            if progress is not None:
+                progress(done, steps)
+
         result = self._session.train(
             unpack(weights),
-            instructions.round_index,
+            number,
             self._cohort_size,
-            None if private else progress,
+            step,
+            clip_norm=clip_norm,
         )
-        charged = parameters(self._study)
-        if charged is not None and result.realised != charged.event_per_round:
+        if result.realised != charged:
             raise ConsiliumError(
                 "privacy.truth", "What ran is not what was charged; the update is discarded."
             )
         # The loss is local in a private study; exact figures leave only where both sides say so.
-        figures = {"loss": result.loss} if self.may_release() else {}
-        _log.info("round %d: loss %.4f (local)", instructions.round_index + 1, result.loss)
+        figures = {"loss": result.loss} if self._releases_exact(load_policy(self._home)) else {}
+        _log.info("round %d: loss %.4f (local)", number + 1, result.loss)
         return self._store.keep_update(
-            self._study.digest, instructions.round_index, pack(result.tensors), figures
+            digest, number, pack(result.tensors), figures, clip_norm=result.clip_norm
         )
 
-    def may_release(self) -> bool:
+    def _open_ledger(self) -> Ledger:
+        if self._ledger is None:
+            # Opened once, in this process: opening reads and checks the whole chain.
+            self._ledger = Ledger.open(
+                self._home.ledger, self._identity.signer(), site=self._identity.config.name
+            )
+        return self._ledger
+
+    def _releases_exact(self, policy: Policy) -> bool:
         """Return whether exact figures of this study may leave the site."""
         return (
             self._study.privacy.mode == "none"
             and self._study.evaluation.release == "exact"
-            and load_policy(self._home).release_exact_metrics
+            and policy.release_exact_metrics
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,9 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
+from consilium_common.ledger.entries import ThreatModel
 
 DEFAULT_EPSILON = 10.0
 DEFAULT_DELTA = 1e-3
+#: Strong protection by itself, and enough for a mean score over some thirty test patients.
+DEFAULT_METRICS_EPSILON = 1.0
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,12 +41,31 @@ class _Part(BaseModel):
 
 
 class Budget(_Part):
-    """What one patient may ever spend: unit patient, adjacency add or remove one."""
+    """What one patient may spend over all studies: unit patient, adjacency add or remove one."""
 
-    #: Largest ε of one patient over all studies, for ever.
+    #: Largest ε of one patient, for ever or in any ``period_days``.
     epsilon: Annotated[float, Field(gt=0, le=100)] = DEFAULT_EPSILON
     #: δ at which every patient's ε is computed; below 1 / number of patients.
     delta: Annotated[float, Field(ge=1e-12, le=0.01)] = DEFAULT_DELTA
+    #: Charges older than so many days no longer count; None: every charge counts for ever. With a
+    #: period the promise holds within any such period, and not over longer times: what was
+    #: released stays released, and successive periods compose.
+    period_days: Annotated[int, Field(ge=1, le=36500)] | None = None
+
+    def since(self, now: dt.datetime | None = None) -> str | None:
+        """Return the time from which charges count, as the ledger writes times; None: all count."""
+        if self.period_days is None:
+            return None
+        moment = (now or dt.datetime.now(dt.UTC)).astimezone(dt.UTC)
+        start = moment - dt.timedelta(days=self.period_days)
+        return start.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+    @property
+    def span(self) -> str:
+        """In words, which charges count."""
+        if self.period_days is None:
+            return "over all studies, for ever"
+        return f"over all studies of the last {self.period_days} days"
 
 
 class Policy(_Part):
@@ -51,55 +75,69 @@ class Policy(_Part):
     budget: Budget = Budget()
     #: Largest ε of one study on its own; None: the budget alone decides.
     per_study_epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
+    #: Who may add the noise of a private study; an empty list permits no private study.
+    permitted_threat_models: list[ThreatModel] = ["silo-local"]
     #: Whether studies without differential privacy may train here.
     permit_non_private: bool = False
     #: Fewest patients with which this site takes part.
     minimal_cohort: Annotated[int, Field(ge=1, le=10**9)] = 10
+    #: A study must need this many sites for a round: alone, an update is not mixed with others.
+    minimal_sites: Annotated[int, Field(ge=1, le=10_000)] = 2
     #: Whether exact evaluation figures of studies without privacy may leave the site.
     release_exact_metrics: bool = False
+    #: Largest ε of one study's released, noised evaluation figures; None: none may be released.
+    private_metrics_epsilon: Annotated[float, Field(gt=0, le=100)] | None = DEFAULT_METRICS_EPSILON
 
     def to_canonical(self) -> dict[str, Any]:
         """Return the plain values that the ledger records, every default written out."""
         return self.model_dump(mode="json", by_alias=True)
 
 
-def default_policy_text(
-    *,
-    epsilon: float = DEFAULT_EPSILON,
-    delta: float = DEFAULT_DELTA,
-    per_study_epsilon: float | None = None,
-    permit_non_private: bool = False,
-    minimal_cohort: int = 10,
-    release_exact_metrics: bool = False,
-) -> str:
-    """Return a commented ``policy.yaml``; the arguments replace the cautious defaults."""
-    cap = "null" if per_study_epsilon is None else _number(per_study_epsilon)
+def default_policy_text(policy: Policy | None = None) -> str:
+    """Return a commented ``policy.yaml`` with the values of ``policy`` (default: the cautious)."""
+    chosen = policy or Policy.model_validate({"schema": "consilium/policy/v1"})
+    budget = chosen.budget
     return f"""\
 # What this hospital permits. Read before every study and every round; each change is recorded in
 # the privacy ledger. Everything here is about one patient: all images of a patient count as one.
 schema: consilium/policy/v1
 
-# What one patient may spend over all studies, for ever (differential privacy: unit patient,
-# adjacency add or remove one). A study that would overrun any patient's budget is refused.
+# What one patient may spend over all studies (differential privacy: unit patient, adjacency add or
+# remove one). Patients whose budget a study would overrun are left out of it when it is approved.
 budget:
   # 1 is strong protection, 10 is weak but meaningful; no study is accepted beyond it.
-  epsilon: {_number(epsilon)}
+  epsilon: {_scalar(budget.epsilon)}
   # Probability with which the promise may fail. It must stay below 1 / number of patients, or
   # publishing one whole record would keep the promise. 0.001 is 1 / (10 N) for 100 patients;
   # with 1000 patients set 0.0001. A larger cohort is refused until it is lowered.
-  delta: {_number(delta)}
+  delta: {_scalar(budget.delta)}
+  # null: every charge counts for ever. A number of days: charges older than that no longer count.
+  # The promise then holds within any such period, but not over a lifetime: what has left stays
+  # out, and whoever keeps it learns from one period after the other.
+  period_days: {_scalar(budget.period_days)}
 
 # Largest epsilon of one study by itself; null: only the budget above counts.
-per_study_epsilon: {cap}
+per_study_epsilon: {_scalar(chosen.per_study_epsilon)}
+
+# Who may add the noise of a private study. silo-local: this site itself, before anything leaves,
+# so that nobody else need be trusted. An empty list [] permits no private study.
+permitted_threat_models: [{", ".join(chosen.permitted_threat_models)}]
 
 # true: studies without differential privacy may train here. They give no formal protection.
-permit_non_private: {_boolean(permit_non_private)}
+permit_non_private: {_scalar(chosen.permit_non_private)}
 
 # Fewest patients with which this site takes part; small groups are easily told apart.
-minimal_cohort: {minimal_cohort}
+minimal_cohort: {chosen.minimal_cohort}
+
+# Fewest sites that a study must need for a round (its federation.quorum).
+minimal_sites: {chosen.minimal_sites}
 
 # true: exact evaluation figures (Dice, AUC) of studies without privacy may leave this site.
-release_exact_metrics: {_boolean(release_exact_metrics)}
+release_exact_metrics: {_scalar(chosen.release_exact_metrics)}
+
+# Largest epsilon that a private study may spend of each test patient on noised evaluation figures
+# that leave this site; null: none may leave. It counts in the budget above like all else.
+private_metrics_epsilon: {_scalar(chosen.private_metrics_epsilon)}
 """
 
 
@@ -206,11 +244,9 @@ def _invalid(what: str, where: str, hint: str) -> ConsiliumError:
     )
 
 
-def _number(value: float) -> str:
+def _scalar(value: float | bool | None) -> str:
+    if value is None or isinstance(value, bool | int):
+        return json.dumps(value)
     # YAML 1.1 reads 1e-05 as text: exponents need a point there.
     text = repr(float(value))
     return text.replace("e", ".0e") if "e" in text and "." not in text else text
-
-
-def _boolean(value: bool) -> str:
-    return "true" if value else "false"

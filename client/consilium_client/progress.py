@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from consilium_client.home import SiteHome
+from consilium_common.files import write_atomic
 from consilium_common.wire.messages import Instructions
 
 _SECONDS_BETWEEN: Final = 0.25
@@ -55,8 +56,5 @@ class ProgressFile:
             "step": step,
             "steps": total,
         }
-        # Not durable on purpose: it is worth nothing after a crash. Replaced whole, though, so
-        # that a reader never sees half of it.
-        temporary = self._path.with_suffix(".new")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(self._path)
+        # Worth nothing after a crash.
+        write_atomic(self._path, json.dumps(content).encode(), durable=False)

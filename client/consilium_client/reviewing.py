@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,42 +85,85 @@ class Review:
     """What approving would mean here."""
 
     proposal: Proposal
-    patients: int  #: training patients, exact; stays here
-    cohort_size: int  #: what would be declared
+    patients: int  #: training patients who would take part, exact; stays here
+    evaluated: int  #: test patients whom evaluations would score, exact; stays here
+    cohort_size: int  #: training patients as they would be declared
+    evaluation_size: int  #: test patients as they would be declared; 0 where no figure leaves
     price: Price
 
 
-def review(home: SiteHome, identity: SiteIdentity, which: str, cohort_size: int | None) -> Review:
-    """Open the cohort that the study would train on, and price the study for it.
+def review(
+    home: SiteHome,
+    identity: SiteIdentity,
+    which: str,
+    cohort_size: int | None,
+    evaluation_size: int | None = None,
+) -> Review:
+    """Open the cohort that the study would train and evaluate on, and price the study for it.
 
     Parameters
     ----------
     cohort_size : int or None
-        Number to declare; None declares the number of training patients rounded down to a multiple
-        of five (of one below ten), so that the public number is not the exact one.
+        Number of training patients to declare; None declares :func:`declared_size` of those who
+        are not left out.
+    evaluation_size : int or None
+        Number of test patients to declare, the denominator of the released mean score; None
+        declares :func:`declared_evaluation_size`. Only for a study that releases noised figures.
 
     Raises
     ------
     ConsiliumError
-        ``data.*`` when the data does not fit the study, ``study.*``, ``identity.*``.
+        ``data.*`` when the data does not fit the study, ``study.*``, ``identity.*``;
+        ``usage.evaluation-size`` where the study releases no noised figures.
     """
     from consilium_client.data.cohort import open_cohort
     from consilium_common.ledger.store import Ledger
 
     proposal = find(identity, which)
-    validate_network(proposal.study)
-    cohort = open_cohort(home, proposal.study)
+    study = proposal.study
+    releases = study.evaluation.release == "private"
+    if evaluation_size is not None and not releases:
+        raise ConsiliumError(
+            "usage.evaluation-size",
+            "The study releases no noised evaluation figures, so no number of test patients is "
+            "declared.",
+            hint="Leave --evaluation-size out.",
+        )
+    validate_network(study)
+    cohort = open_cohort(home, study)
     patients = [patient.key for patient in cohort.patients("train")]
+    tested = [patient.key for patient in cohort.patients("test")]
     policy = load_policy(home)
+    others = StudyStore(home).decisions()
     with Ledger.open(home.ledger, identity.signer(), site=identity.config.name) as ledger:
-        cost = price(ledger, policy, proposal.study, patients)
-    return Review(proposal, len(patients), cohort_size or declared_size(len(patients)), cost)
+        cost = price(ledger, policy, study, patients, tested, others=others)
+    return Review(
+        proposal=proposal,
+        patients=cost.patients,
+        evaluated=cost.evaluated,
+        cohort_size=cohort_size or declared_size(cost.patients),
+        evaluation_size=(evaluation_size or declared_evaluation_size(cost.evaluated))
+        if releases
+        else 0,
+        price=cost,
+    )
 
 
 def declared_size(patients: int) -> int:
     """Return the cohort size to declare: rounded down, so one patient more or less rarely shows."""
     step = 5 if patients >= 10 else 1
     return max(1, patients // step * step)
+
+
+def declared_evaluation_size(patients: int) -> int:
+    """Return the number of test patients to declare: from ten on the nearest multiple of five.
+
+    It is the denominator of the released mean. Scores are centred before they are summed, so a
+    denominator that is off by a share scales only the mean's distance from 1/2 by that share: at
+    20 patients and a mean of .8 one of two off moves it by .03. Nearest, and not down as for the
+    cohort, because rounding down would show every mean better than it is.
+    """
+    return max(1, patients if patients < 10 else (patients + 2) // 5 * 5)
 
 
 def approve(home: SiteHome, identity: SiteIdentity, review: Review) -> dict[str, Any]:
@@ -134,14 +178,20 @@ def approve(home: SiteHome, identity: SiteIdentity, review: Review) -> dict[str,
     if not cost.allowed:
         raise ConsiliumError(cost.code, cost.reason, where=study.digest[:12], hint=cost.hint)
     return _send_decision(
-        home, identity, study, decision="approved", cohort_size=review.cohort_size, why=""
+        home,
+        identity,
+        study,
+        decision="approved",
+        cohort_size=review.cohort_size,
+        evaluation_size=review.evaluation_size,
+        left_out=cost.leaves_out,
     )
 
 
 def decline(home: SiteHome, identity: SiteIdentity, which: str, why: str) -> dict[str, Any]:
     """Decline a study; needs no data, so that it can always be done."""
     study = find(identity, which).study
-    return _send_decision(home, identity, study, decision="declined", cohort_size=0, why=why)
+    return _send_decision(home, identity, study, decision="declined", why=why)
 
 
 def _send_decision(
@@ -150,19 +200,24 @@ def _send_decision(
     study: Study,
     *,
     decision: str,
-    cohort_size: int,
-    why: str,
+    cohort_size: int = 0,
+    evaluation_size: int = 0,
+    why: str = "",
+    left_out: Collection[str] = (),
 ) -> dict[str, Any]:
-    statement = approval_statement(study.digest, identity.config.name, decision, cohort_size, why)
+    sizes = {"cohort_size": cohort_size, "evaluation_size": evaluation_size}
+    statement = approval_statement(study.digest, identity.config.name, decision, **sizes, why=why)
     # Here first: what this site runs is decided by its own record, whatever the aggregator hears.
-    StudyStore(home).decide(study, decision, cohort_size, why)
+    StudyStore(home).decide(
+        study, decision, cohort_size, why, evaluation_size=evaluation_size, left_out=left_out
+    )
     with identity.caller() as caller:
         answer: dict[str, Any] = caller.call(
             SITE_DECIDE,
             {
                 "digest": study.digest,
                 "decision": decision,
-                "cohort_size": cohort_size,
+                **sizes,
                 "why": why,
                 "signature": sign(identity.signer(), statement),
             },

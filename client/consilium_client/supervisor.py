@@ -1,4 +1,4 @@
-"""`site start`: the link, the SuperNode and the executor, held together by one process."""
+"""`site start`: link, SuperNode, executor and witnessing, held together by one process."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from consilium_client.flower_private import supernode_command
 from consilium_client.home import HOME_VARIABLE, SiteHome
 from consilium_client.identity import SiteIdentity
 from consilium_client.link import Link
+from consilium_client.witnessing import Witnessing
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.identity.loopback import make_loopback
@@ -37,6 +38,7 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
     with _only_one(home):
         loopback = make_loopback(home.run)
         link = Link(home, identity, say)
+        witnessing = Witnessing(home, identity, say)
         link_port, runtime_port = free_port(), free_port()
         server = uvicorn.Server(
             uvicorn.Config(
@@ -95,6 +97,7 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
                     executor.supervise(),
                     link.hello_for_ever(),
                     link.progress_for_ever(),
+                    witnessing.witness_for_ever(),
                 )
             ]
             say(f"site {identity.config.name} is running")

@@ -6,21 +6,29 @@ frames over a pipe: a JSON header and the weights, so nothing is ever unpickled.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import struct
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.processes import die_with_parent
 from consilium_common.wire.messages import Instructions
 
+if TYPE_CHECKING:
+    from consilium_client.training.evaluation import Evaluation
+
 _HEADER: Final = struct.Struct("!I")
+#: A killed worker is gone at once; nothing that is alive gives way in this time.
+_PREDECESSOR_SECONDS: Final = 20.0
+_LOOK_SECONDS: Final = 0.02
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ def work(connection: Connection, home: str, log_file: str) -> None:
         force=True,
     )
     study: _Study | None = None
+    alone: IO[str] | None = None
     while True:
         try:
             request = receive_frame(connection)
@@ -65,7 +74,8 @@ def work(connection: Connection, home: str, log_file: str) -> None:
             return
         try:
             instructions = Instructions(**request.header["instructions"])
-            if study is None:
+            alone = alone or only_worker(Path(home), instructions.study)
+            if study is None or study.decided_anew():
                 study = _Study(Path(home), instructions.study)
             answer = study.answer(request.header["kind"], instructions, request.blob, connection)
         except ConsiliumError as error:
@@ -76,6 +86,38 @@ def work(connection: Connection, home: str, log_file: str) -> None:
             unforeseen = ConsiliumError("internal.unexpected", type(error).__name__)
             answer = Frame({"error": unforeseen.to_dict()})
         send_frame(connection, answer)
+
+
+def only_worker(home: Path, digest: str, *, seconds: float = _PREDECESSOR_SECONDS) -> IO[str]:
+    """Hold the study's lock while this process lives, and return what holds it.
+
+    A worker is replaced when it or its parents are killed. Should the one before still be dying,
+    its successor waits: of two at work, one would void the charge of the other.
+
+    Raises
+    ------
+    ConsiliumError
+        ``run.worker-busy`` when another process holds it for longer than a killed one could.
+    """
+    from consilium_client.home import SiteHome
+
+    lock = (SiteHome.existing(home).run / f"worker-{digest[:16]}.lock").open("a", encoding="utf-8")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                lock.close()
+                raise ConsiliumError(
+                    "run.worker-busy",
+                    "Another process of this site is at work on the study.",
+                    where=digest[:12],
+                    hint="Stop the site, see that no process of it is left, and start it again.",
+                ) from error
+            time.sleep(_LOOK_SECONDS)
+        else:
+            return lock
 
 
 class _Study:
@@ -92,19 +134,32 @@ class _Study:
         self._home = SiteHome.existing(home)
         identity = SiteIdentity.load(self._home)
         self._site = identity.config.name
-        decision = StudyStore(self._home).approved(digest)
-        self._study = decision.study
-        self._cohort = open_cohort(self._home, self._study)
+        self._store = StudyStore(self._home)
+        self._decision = self._store.approved(digest)
+        # Whoever is left out is out of everything: training and evaluation never see them.
+        self._cohort = open_cohort(self._home, self._decision.study).without(
+            self._decision.left_out
+        )
         config = identity.config
         self._session = TrainingSession(
-            self._study,
+            self._decision.study,
             self._cohort,
             device=config.device,
             precision=None if config.precision == "auto" else config.precision,
             threads=config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
         )
-        patients = [patient.key for patient in self._cohort.patients("train")]
-        self._rounds = LocalRounds(self._home, identity, decision, self._session, patients)
+        self._rounds = LocalRounds(
+            self._home,
+            identity,
+            self._decision,
+            self._session,
+            [patient.key for patient in self._cohort.patients("train")],
+            evaluated=self._cohort.patients("test"),
+        )
+
+    def decided_anew(self) -> bool:
+        """Whether the site has since approved the study again: with other patients, perhaps."""
+        return self._store.approved(self._decision.study.digest) != self._decision
 
     def answer(
         self, kind: str, instructions: Instructions, weights: bytes, connection: Connection
@@ -116,19 +171,20 @@ class _Study:
 
             update = self._rounds.train(instructions, weights, progress)
             return Frame({"figures": update.figures}, update.blob)
-        from consilium_client.local_evaluation import evaluate, exact_figures
+        from consilium_client.local_evaluation import evaluate
 
-        evaluation = evaluate(
-            self._home,
-            self._session,
-            self._cohort,
-            weights,
-            site=self._site,
-            rounds_done=instructions.round_index,
-            last=instructions.last,
-        )
-        figures = exact_figures(evaluation) if self._rounds.may_release() else {}
-        return Frame({"figures": figures})
+        def evaluation() -> Evaluation:
+            return evaluate(
+                self._home,
+                self._session,
+                self._cohort,
+                weights,
+                site=self._site,
+                rounds_done=instructions.round_index,
+                last=instructions.last,
+            )
+
+        return Frame({"figures": self._rounds.evaluate(instructions, evaluation)})
 
 
 def request_frame(kind: str, instructions: Instructions, weights: bytes) -> Frame:

@@ -25,6 +25,7 @@ _WARM_MODULES: Final = [
     "monai.inferers",
     "consilium_client.worker",
     "consilium_client.data.cohort",
+    "consilium_client.local_evaluation",
     "consilium_client.local_round",
     "consilium_client.training.session",
 ]

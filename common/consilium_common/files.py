@@ -24,8 +24,14 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
     """Replace ``path`` by ``content`` durably: a reader or a crash sees all of it or the old file.
+
+    Parameters
+    ----------
+    durable : bool
+        False for what is worth nothing after a crash: a reader still never sees half of it, but
+        nobody waits for the disk (default: True).
 
     Raises
     ------
@@ -39,9 +45,11 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
             os.fchmod(stream.fileno(), mode)
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         Path(temporary).replace(path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)

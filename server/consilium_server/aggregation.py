@@ -68,3 +68,34 @@ def cohort_weights(cohorts: Mapping[str, int], weighting: str) -> dict[str, floa
     if weighting == "uniform":
         return dict.fromkeys(cohorts, 1.0)
     return {site: float(size) for site, size in cohorts.items()}
+
+
+def running_average(
+    average: Mapping[str, NDArray[np.float32]],
+    model: Mapping[str, NDArray[np.float32]],
+    *,
+    decay: float,
+    rounds_done: int,
+) -> dict[str, NDArray[np.float32]]:
+    """Return the exponential average of the global models after one more round.
+
+    ``d·average + (1 − d)·model`` with ``d = min(decay, (1 + t)/(10 + t))`` after t rounds: the
+    usual warm-up, so that the starting model is soon forgotten. It costs no privacy: a function of
+    what was released.
+
+    Parameters
+    ----------
+    average : mapping of str to ndarray
+        Average before; the starting model before the first round.
+    model : mapping of str to ndarray
+        Global model after this round; its tensors are those averaged.
+    decay : float
+        In [0, 1).
+    rounds_done : int
+        t, this round included.
+    """
+    d = min(decay, (1 + rounds_done) / (10 + rounds_done))
+    return {
+        name: (d * average[name].astype(np.float64) + (1 - d) * tensor).astype(np.float32)
+        for name, tensor in model.items()
+    }

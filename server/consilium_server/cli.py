@@ -94,16 +94,16 @@ def invite(
 @app.command()
 @command
 def sites(home: Home = DEFAULT_HOME) -> None:
-    """List sites: online, last seen, version, expiry of the certificate."""
-    from consilium_server.overview import site_overview
+    """List sites: online, last seen, version, expiry, how far their ledgers were witnessed."""
+    from consilium_server.overview import sites_overview
     from consilium_server.registry import Registry
 
-    rows = [site_overview(m) for m in Registry(ServerHome.existing(home).database).sites()]
+    rows = sites_overview(Registry(ServerHome.existing(home).database))
 
     def people(console: Console) -> None:
         from rich.table import Table
 
-        table = Table("site", "status", "online", "last seen (UTC)", "version", "expires")
+        table = Table("site", "status", "online", "last seen (UTC)", "version", "expires", "ledger")
         for row in rows:
             table.add_row(
                 row["name"],
@@ -112,10 +112,35 @@ def sites(home: Home = DEFAULT_HOME) -> None:
                 (row["last_seen"] or "never")[:19].replace("T", " "),
                 row["version"] or "",
                 row["expires"][:10],
+                "not seen" if row["witnessed"] is None else f"seen to entry {row['witnessed']}",
             )
         console.print(table if rows else "No site has joined yet: consilium server invite NAME")
+        for row in rows:
+            for alarm in row["alarms"]:
+                line = f"ALARM {row['name']}, {alarm['at'][:19]}: {alarm['message']}"
+                console.print(line, style="bold red", markup=False)
 
     result({"sites": rows}, people)
+
+
+@app.command()
+@command
+def records(
+    site: Annotated[str, typer.Argument(help="The site.")],
+    file: Annotated[Path, typer.Argument(help="New file to write.", metavar="FILE")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Write what the aggregator witnessed and received of a site, signed, for an auditor."""
+    from consilium_server.records import write_records
+
+    content = write_records(ServerHome.existing(home), site, file)["content"]
+    counts = {name: len(content[name]) for name in ("witnessed", "received")}
+    result(
+        {"site": site, "file": str(file), **counts},
+        f"Records of {site} written to {file}: {counts['witnessed']} ledger entries witnessed,"
+        f" {counts['received']} messages received.\n"
+        f"Compare them with the site's own: consilium audit compare LEDGER {file}",
+    )
 
 
 @app.command()

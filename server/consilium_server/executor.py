@@ -44,7 +44,6 @@ def main(address: str, certificate: str, secret_file: str) -> None:
     """Take tasks until ended."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     registry = Registry(ServerHome.existing(Path(os.environ[HOME_VARIABLE])).database)
     from consilium_server.flower_private import TaskSource
 

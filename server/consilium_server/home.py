@@ -75,7 +75,7 @@ class ServerHome:
 
     @property
     def database(self) -> Path:
-        """``registry.db``: members, studies, approvals, rounds."""
+        """``registry.db``: members, studies, approvals, rounds, what was witnessed and received."""
         return self.path / "registry.db"
 
     @property
@@ -102,6 +102,11 @@ class ServerHome:
     def logs(self) -> Path:
         """Logs of the aggregator's processes."""
         return private_folder(self.path / "logs")
+
+    @property
+    def starts(self) -> Path:
+        """Public starting weights that were handed over with proposals."""
+        return private_folder(self.path / "starts")
 
     def study_folder(self, digest: str) -> Path:
         """Checkpoint and model of one study."""

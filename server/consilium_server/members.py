@@ -18,14 +18,16 @@ from consilium_common.identity.keys import (
 )
 from consilium_common.wire.channel import Caller, Credentials
 from consilium_server.home import ServerConfig, ServerHome
-from consilium_server.registry import InvitationRow, Member, Registry, now
+from consilium_server.registry import Registry
 from consilium_server.services import operator_member
+from consilium_server.tables import InvitationRow, Member, now
+from consilium_server.witness import WitnessKey
 
 OPERATOR_NAME = "operator"
 
 
 def initialise(home: ServerHome, consortium: str, address: str) -> Authority:
-    """Make the authority, the server's identity and the first operator's.
+    """Make the authority, the identities of server and first operator, and the witness's key.
 
     Parameters
     ----------
@@ -69,6 +71,7 @@ def initialise(home: ServerHome, consortium: str, address: str) -> Authority:
     signer = authority.issue(signer_key.public_key(), Role.SIGNER, OPERATOR_NAME)
     write_atomic(folder / "operator.pem", certificate_pem(certificate))
     write_atomic(folder / "operator-signer.pem", certificate_pem(signer))
+    WitnessKey.ensure(folder, authority)
     with Registry(home.database).transaction() as session:
         session.add(operator_member(OPERATOR_NAME, certificate, signer))
     home.save_config(ServerConfig(consortium, address))

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from consilium_common.identity.certificates import describe, load_certificate
-from consilium_server.registry import Member, Registry, Round, StudyRow
-from consilium_server.released import pooled
+from consilium_server.registry import Registry
+from consilium_server.released import noisy_score, pooled
 from consilium_server.spending import SpendMeter
+from consilium_server.tables import Alarm, EvaluationRow, Member, StudyRow, Witnessed
 
 
-def site_overview(member: Member) -> dict[str, Any]:
-    """Return how one site stands."""
+def sites_overview(registry: Registry) -> list[dict[str, Any]]:
+    """Return how every site stands: its certificate, its ledger's witness, its alarms."""
+    witnessed = registry.last_witnessed()
+    alarms = registry.alarms()
+    return [
+        _site(member, witnessed.get(member.name), [a for a in alarms if a.site == member.name])
+        for member in registry.sites()
+    ]
+
+
+def _site(member: Member, witnessed: Witnessed | None, alarms: list[Alarm]) -> dict[str, Any]:
     certified = describe(load_certificate(member.certificate_pem.encode()))
     return {
         "name": member.name,
@@ -23,13 +32,31 @@ def site_overview(member: Member) -> dict[str, Any]:
         "joined_at": member.joined_at,
         "expires": certified.not_after.isoformat(),
         "fingerprint": certified.fingerprint,
+        "witnessed": None if witnessed is None else witnessed.sequence,
+        "witnessed_at": None if witnessed is None else witnessed.record["statement"]["time"],
+        "alarms": [_alarm(alarm) for alarm in alarms],
     }
 
 
 def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict[str, Any]:
-    """Return all that the aggregator knows of one study; takes a while where ε is composed."""
+    """Return all that the aggregator knows of one study; takes a while where ε is composed.
+
+    ``epsilon`` is that of the patients trained on, ``evaluation_epsilon`` that of those evaluated
+    on, each by site. ``evaluations`` holds one row for every evaluation that was done;
+    ``evaluation`` is the newest that released figures.
+    """
     rounds = registry.rounds(row.digest)
+    evaluations = registry.evaluations(row.digest)
+    approvals = registry.approvals(row.digest)
     online = {m.name: m.online for m in registry.sites()}
+    spend = meter.spent(
+        row.study,
+        [r.sites for r in rounds],
+        [e.figures for e in evaluations],
+        exact=row.state != "running",
+    )
+    shown = [_evaluation(e) for e in evaluations]
+    exact = {e.rounds_done: e.figures for e in evaluations if e.figures and e.noise is None}
     return {
         "digest": row.digest,
         "name": row.name,
@@ -40,10 +67,10 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
         "started_at": row.started_at,
         "ended_at": row.ended_at,
         "study": row.canonical,
-        "epsilon": dict(
-            meter.spent(row.study, [r.sites for r in rounds], exact=row.state != "running")
-        ),
-        "evaluation": _last_evaluation(rounds),
+        "epsilon": dict(spend.training),
+        "evaluation_epsilon": dict(spend.evaluation),
+        "evaluation": next((e for e in reversed(shown) if e["figures"]), {}),
+        "evaluations": shown,
         "rounds_planned": row.study.federation.rounds,
         "approvals": [
             {
@@ -51,9 +78,10 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
                 "decision": a.decision,
                 "why": a.why,
                 "cohort_size": a.cohort_size,
+                "evaluation_size": a.evaluation_size,
                 "online": online.get(a.site, False),
             }
-            for a in registry.approvals(row.digest)
+            for a in approvals
         ],
         "rounds": [
             {
@@ -62,7 +90,7 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
                 "sites": r.sites,
                 "dropped": r.dropped,
                 "loss": r.loss,
-                "metrics": r.metrics,
+                "metrics": {"evaluation": exact[r.number + 1]} if r.number + 1 in exact else {},
             }
             for r in rounds
         ],
@@ -77,13 +105,28 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
             }
             for p in registry.progress(row.digest)
         ],
+        "alarms": [
+            {"site": alarm.site, **_alarm(alarm)}
+            for alarm in registry.alarms()
+            if alarm.site in {a.site for a in approvals}
+        ],
     }
 
 
-def _last_evaluation(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Return the newest evaluation that sites released, pooled and by site; empty without one."""
-    for row in reversed(rounds):
-        figures = row.metrics.get("evaluation")
-        if figures:
-            return {"rounds_done": row.number + 1, **pooled(figures), "sites": figures}
-    return {}
+def _evaluation(row: EvaluationRow) -> dict[str, Any]:
+    """Return one evaluation: pooled over sites, and what each site released."""
+    found: dict[str, Any] = {
+        "rounds_done": row.rounds_done,
+        "sites": row.sites,
+        "dropped": row.dropped,
+        "figures": row.figures,
+    }
+    if not row.figures:
+        return found
+    if row.noise is None:
+        return found | pooled(row.figures)
+    return found | noisy_score(row.figures, row.declared, row.noise)
+
+
+def _alarm(alarm: Alarm) -> dict[str, str]:
+    return {"code": alarm.code, "message": alarm.message, "at": alarm.at}

@@ -15,7 +15,8 @@ from consilium_common.identity.certificates import (
     load_certificate,
 )
 from consilium_common.wire.tls13 import grpc
-from consilium_server.registry import InvitationRow, Member, Registry
+from consilium_server.registry import Registry
+from consilium_server.tables import InvitationRow, Member
 
 
 @dataclass(frozen=True)

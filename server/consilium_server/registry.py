@@ -1,128 +1,37 @@
-"""The aggregator's records: members, invitations, studies, approvals, rounds (SQLAlchemy)."""
+"""The aggregator's records: opened, searched and changed in transactions (SQLite)."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, String, create_engine, event, select, update
+from sqlalchemy import Engine, create_engine, event, func, select, update
+from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DatabaseError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
+from sqlalchemy.schema import CreateColumn
 
 from consilium_common.errors import ConsiliumError
-from consilium_common.study import Study
+from consilium_server.tables import (
+    Alarm,
+    Approval,
+    Base,
+    EvaluationRow,
+    InvitationRow,
+    Member,
+    Progress,
+    Received,
+    Round,
+    StudyRow,
+    Witnessed,
+    append_only_triggers,
+    now,
+)
 
-#: A site whose link has been silent this long counts as offline.
-ONLINE_SECONDS = 12.0
-
-
-class _Base(DeclarativeBase):
-    pass
-
-
-class Member(_Base):
-    """A site or operator that has a certificate."""
-
-    __tablename__ = "members"
-    name: Mapped[str] = mapped_column(primary_key=True)
-    role: Mapped[str]
-    status: Mapped[str]  #: active or revoked
-    serial: Mapped[str]  #: of the certificate in force, hexadecimal
-    certificate_pem: Mapped[str]
-    signer_pem: Mapped[str]  #: certificate of the Ed25519 key that signs approvals and ledger
-    node_id: Mapped[str | None]  #: Flower's node id, decimal
-    joined_at: Mapped[str]
-    last_seen: Mapped[str | None] = mapped_column(default=None)
-    session: Mapped[str | None] = mapped_column(default=None)  #: changes when the site restarts
-    version: Mapped[str | None] = mapped_column(default=None)
-
-    @property
-    def online(self) -> bool:
-        """Whether the member may connect and was heard of a moment ago."""
-        return self.status == "active" and seconds_since(self.last_seen) < ONLINE_SECONDS
-
-
-class InvitationRow(_Base):
-    """An invitation: it may be used once, before it expires."""
-
-    __tablename__ = "invitations"
-    serial: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    role: Mapped[str]
-    expires: Mapped[str]
-    used_at: Mapped[str | None] = mapped_column(default=None)
-
-
-class StudyRow(_Base):
-    """A proposed study and where it stands."""
-
-    __tablename__ = "studies"
-    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
-    name: Mapped[str]
-    canonical: Mapped[dict[str, Any]] = mapped_column(JSON)
-    proposed_by: Mapped[str]
-    signature: Mapped[str]
-    signer_pem: Mapped[str]
-    proposed_at: Mapped[str]
-    #: proposed, running, finished, failed or stopped
-    state: Mapped[str] = mapped_column(default="proposed")
-    reason: Mapped[str] = mapped_column(default="")
-    flower_run: Mapped[str | None] = mapped_column(default=None)
-    started_at: Mapped[str | None] = mapped_column(default=None)
-    ended_at: Mapped[str | None] = mapped_column(default=None)
-
-    @property
-    def study(self) -> Study:
-        """The study itself."""
-        return Study.model_validate(self.canonical)
-
-
-class Approval(_Base):
-    """A site's signed decision about a study."""
-
-    __tablename__ = "approvals"
-    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
-    site: Mapped[str] = mapped_column(primary_key=True)
-    decision: Mapped[str]  #: approved or declined
-    why: Mapped[str]
-    cohort_size: Mapped[int]  #: public, declared by the site
-    signature: Mapped[str]
-    decided_at: Mapped[str]
-
-
-class Round(_Base):
-    """One finished round."""
-
-    __tablename__ = "rounds"
-    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True)
-    seconds: Mapped[float]
-    sites: Mapped[list[str]] = mapped_column(JSON)  #: whose update was added
-    dropped: Mapped[dict[str, str]] = mapped_column(JSON)  #: site to reason
-    loss: Mapped[float | None] = mapped_column(default=None)
-    metrics: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
-    ended_at: Mapped[str] = mapped_column(default="")
-
-
-class Progress(_Base):
-    """What a site said last about the running round; public facts alone."""
-
-    __tablename__ = "progress"
-    site: Mapped[str] = mapped_column(primary_key=True)
-    digest: Mapped[str]
-    phase: Mapped[str]
-    round: Mapped[int]
-    step: Mapped[int]
-    steps: Mapped[int]
-    at: Mapped[str]
-
-
-def now() -> str:
-    """Return the time as ISO 8601, UTC, to the millisecond."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+_log = logging.getLogger(__name__)
 
 
 class Registry:
@@ -131,7 +40,8 @@ class Registry:
     Parameters
     ----------
     database : Path
-        SQLite file; created where it is missing.
+        SQLite file; created where it is missing. One of an earlier release gets the tables and
+        columns that it lacks; nothing in it is changed.
     """
 
     def __init__(self, database: Path) -> None:
@@ -143,7 +53,11 @@ class Registry:
             connection.execute("PRAGMA synchronous=FULL")
 
         try:
-            _Base.metadata.create_all(self._engine)
+            Base.metadata.create_all(self._engine)
+            _add_missing_columns(self._engine)
+            with self._engine.begin() as connection:
+                for statement in append_only_triggers():
+                    connection.exec_driver_sql(statement)
         except DatabaseError as error:
             raise ConsiliumError(
                 "state.registry",
@@ -159,10 +73,23 @@ class Registry:
         with Session(self._engine, expire_on_commit=False) as session, session.begin():
             yield session
 
+    # --- members ---------------------------------------------------------------------------
+
     def member(self, name: str) -> Member | None:
         """Return the member of that name."""
         with self.transaction() as session:
             return session.get(Member, name)
+
+    def site(self, name: str) -> Member:
+        """Return the site of that name, or raise ``identity.unknown``."""
+        member = self.member(name)
+        if member is None or member.role != "site":
+            raise ConsiliumError(
+                "identity.unknown",
+                f"There is no site {name!r}.",
+                hint="List them with `consilium server sites`.",
+            )
+        return member
 
     def spend_invitation(self, serial: str) -> None:
         """Mark an invitation as used, or raise: of two that try at once, one alone succeeds."""
@@ -196,28 +123,38 @@ class Registry:
         with self.transaction() as session:
             session.get_one(Member, name).node_id = str(node_id)
 
-    def study(self, digest: str) -> StudyRow:
-        """Return a study by its digest or an unambiguous beginning of it, or by its name.
+    # --- studies ---------------------------------------------------------------------------
+
+    def study(self, which: str) -> StudyRow:
+        """Return a study by its digest, its name, or an unambiguous beginning of its digest.
+
+        A name wins over the beginning of another study's digest.
 
         Raises
         ------
         ConsiliumError
             ``study.unknown`` or ``study.ambiguous``.
         """
+        found: list[StudyRow] = []
         with self.transaction() as session:
-            rows = list(session.scalars(select(StudyRow)))
-        found = [row for row in rows if digest and row.digest.startswith(digest)]
-        found = found or [row for row in rows if row.name == digest]
+            for condition in (
+                StudyRow.digest == which,
+                StudyRow.name == which,
+                StudyRow.digest.startswith(which, autoescape=True),
+            ):
+                found = list(session.scalars(select(StudyRow).where(condition))) if which else []
+                if found:
+                    break
         if not found:
             raise ConsiliumError(
                 "study.unknown",
-                f"No study {digest!r} was proposed here.",
+                f"No study {which!r} was proposed here.",
                 hint="List them with `consilium study list`.",
             )
         if len(found) > 1:
             raise ConsiliumError(
                 "study.ambiguous",
-                f"{digest!r} stands for {len(found)} studies.",
+                f"{which!r} stands for {len(found)} studies.",
                 hint="Give more digits of the digest.",
             )
         return found[0]
@@ -226,6 +163,12 @@ class Registry:
         """Return all studies, oldest first."""
         with self.transaction() as session:
             return list(session.scalars(select(StudyRow).order_by(StudyRow.proposed_at)))
+
+    def running(self) -> list[str]:
+        """Return the digests of the studies that run now; reads no study itself."""
+        with self.transaction() as session:
+            query = select(StudyRow.digest).where(StudyRow.state == "running")
+            return list(session.scalars(query.order_by(StudyRow.proposed_at)))
 
     def approvals(self, digest: str) -> list[Approval]:
         """Return all decisions about a study, by site."""
@@ -238,6 +181,17 @@ class Registry:
         with self.transaction() as session:
             query = select(Round).where(Round.digest == digest).order_by(Round.number)
             return list(session.scalars(query))
+
+    def evaluations(self, digest: str) -> list[EvaluationRow]:
+        """Return a study's evaluations, by the rounds done before each."""
+        with self.transaction() as session:
+            query = select(EvaluationRow).where(EvaluationRow.digest == digest)
+            return list(session.scalars(query.order_by(EvaluationRow.rounds_done)))
+
+    def evaluation(self, digest: str, rounds_done: int) -> EvaluationRow | None:
+        """Return the evaluation after so many rounds; None where it was not done yet."""
+        with self.transaction() as session:
+            return session.get(EvaluationRow, (digest, rounds_done))
 
     def progress(self, digest: str) -> list[Progress]:
         """Return what sites said last about a study."""
@@ -269,9 +223,78 @@ class Registry:
             elif state in ("finished", "failed", "stopped"):
                 row.ended_at = now()
 
+    # --- what bears witness ----------------------------------------------------------------
 
-def seconds_since(moment: str | None) -> float:
-    """Return the seconds since an ISO time of :func:`now`; infinity for None."""
-    if moment is None:
-        return float("inf")
-    return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+    def note_received(self, received: Received) -> bool:
+        """Note what a site sent, once; returns whether it had sent something else before.
+
+        The same bytes again change nothing: a round that is asked again is answered from the
+        site's store.
+        """
+        with self.transaction() as session:
+            before = set(
+                session.scalars(
+                    select(Received.sha256).where(
+                        Received.study == received.study,
+                        Received.site == received.site,
+                        Received.purpose == received.purpose,
+                        Received.round == received.round,
+                    )
+                )
+            )
+            if received.sha256 not in before:
+                session.add(received)
+            return bool(before - {received.sha256})
+
+    def received(self, site: str) -> list[Received]:
+        """Return all that was received of a site, oldest first."""
+        with self.transaction() as session:
+            query = select(Received).where(Received.site == site).order_by(Received.id)
+            return list(session.scalars(query))
+
+    def witnessed(self, site: str) -> list[Witnessed]:
+        """Return all that was witnessed of a site, oldest first."""
+        with self.transaction() as session:
+            query = select(Witnessed).where(Witnessed.site == site).order_by(Witnessed.id)
+            return list(session.scalars(query))
+
+    def last_witnessed(self) -> dict[str, Witnessed]:
+        """Return the entry witnessed last, by site."""
+        with self.transaction() as session:
+            newest = select(func.max(Witnessed.id)).group_by(Witnessed.site)
+            query = select(Witnessed).where(Witnessed.id.in_(newest))
+            return {row.site: row for row in session.scalars(query)}
+
+    def raise_alarm(self, site: str, code: str, message: str) -> None:
+        """Keep what a person must look at, and say it in the log; the same again is kept once."""
+        _log.critical("ALARM, site %s: [%s] %s", site, code, message)
+        with self.transaction() as session:
+            values = {"site": site, "code": code, "message": message, "at": now()}
+            session.execute(insert(Alarm).values(values).on_conflict_do_nothing())
+
+    def alarms(self) -> list[Alarm]:
+        """Return all alarms, oldest first."""
+        with self.transaction() as session:
+            return list(session.scalars(select(Alarm).order_by(Alarm.id)))
+
+
+def _add_missing_columns(engine: Engine) -> None:
+    """Add to the tables of an earlier release the columns that came after it."""
+    for table in Base.metadata.sorted_tables:
+        with engine.begin() as connection:
+            known = _columns(connection, table.name)
+            missing = [column for column in table.columns if column.name not in known]
+            if not missing:
+                continue
+            # Another process may be at it: looked at again once nobody else can write.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            known = _columns(connection, table.name)
+            for column in missing:
+                if column.name not in known:
+                    definition = CreateColumn(column).compile(engine)
+                    connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {definition}")
+
+
+def _columns(connection: Any, table: str) -> set[str]:
+    rows = connection.exec_driver_sql(f"PRAGMA table_info({table})")
+    return {row[1] for row in rows}

@@ -1,61 +1,43 @@
-"""The round loop on Flower's Grid: push all, pull each reply as it comes, add it, drop it."""
+"""A study's run: the starting model evaluated, rounds trained and averaged, the result kept."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
-from consilium_common.models.registry import initial_weights, tensor_specs
+from consilium_common.ledger.entries import Purpose, time_text
+from consilium_common.models.registry import initial_weights, start_weights, trained_specs
 from consilium_common.models.weights import pack
+from consilium_common.report.wording import plus_minus
 from consilium_common.study import Study
-from consilium_common.wire.messages import Instructions, figures_of, to_site, weights_of
-from consilium_server.aggregation import RunningMean, cohort_weights
+from consilium_common.wire.messages import figures_of, weights_of
+from consilium_server.aggregation import RunningMean, cohort_weights, running_average
+from consilium_server.asking import Asking, Participant, Replies
 from consilium_server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from consilium_server.home import ServerHome
-from consilium_server.registry import Registry, Round, now
+from consilium_server.registry import Registry
+from consilium_server.released import checked_figures, noisy_score
+from consilium_server.starts import PublicStarts
+from consilium_server.tables import EvaluationRow, Received, Round, now
 
 if TYPE_CHECKING:
-    from flwr.app import Message
     from flwr.serverapp import Grid
 
 _log = logging.getLogger(__name__)
 
-_POLL_SECONDS: Final = 0.01
-#: Looks this often whether a site that is waited for has gone.
-_GONE_SECONDS: Final = 2.0
-#: Sites may come online this long before a round gives up; it is not counted as a failed attempt.
-_QUORUM_WAIT_SECONDS: Final = 120.0
 #: A round that misses its quorum is asked again this often; sites answer a repeated round from
 #: their store, so asking again costs no privacy.
 _ATTEMPTS: Final = 3
-
-
-@dataclass
-class Participant:
-    """A site in one round, as it stood when the round began."""
-
-    name: str
-    node_id: int
-    cohort_size: int
-    session: str | None
-
-
-@dataclass
-class Replies:
-    """What came of one message to every participant."""
-
-    figures: dict[str, dict[str, float]] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
-    added: list[str] = field(default_factory=list)
 
 
 class StudyRun:
@@ -73,23 +55,41 @@ class StudyRun:
         self.digest = row.digest
         self._home = home
         self._registry = registry
-        self._grid = grid
+        self._asking = Asking(home, registry, self.study, grid)
         self._folder = home.study_folder(self.digest)
-        self._specs = tensor_specs(self.study)
+        self._specs = trained_specs(self.study)
 
     def run(self) -> None:
-        """Train the rounds that are left, evaluate, write the model, finish the study."""
-        checkpoint = load_checkpoint(self._folder) or Checkpoint(0, initial_weights(self.study))
-        rounds = self.study.federation.rounds
-        while checkpoint.rounds_done < rounds:
-            checkpoint = self._round(checkpoint)
+        """Go on from the last checkpoint: train, evaluate where the study says, keep the model.
+
+        What was evaluated is not evaluated again: stage 0, the starting model, is one of these.
+        """
+        checkpoint = load_checkpoint(self._folder) or Checkpoint(0, self._starting_weights())
+        while True:
             done = checkpoint.rounds_done
-            every = self.study.evaluation.every
-            if every and done % every == 0 and done < rounds:
-                self._evaluate(checkpoint, last=False)
-        self._evaluate(checkpoint, last=True)
-        write_atomic(self._folder / "model.safetensors", pack(checkpoint.weights))
-        self._registry.set_study_state(self.digest, "finished")
+            if done in self.study.evaluations:
+                evaluation = self._registry.evaluation(self.digest, done)
+                if evaluation is None:
+                    evaluation = self._evaluate(checkpoint)
+                reason = self._sufficient(evaluation) if done == 0 else ""
+                if reason:
+                    return self._finish(checkpoint, reason)
+            if done >= self.study.federation.rounds:
+                return self._finish(checkpoint)
+            checkpoint = self._round(checkpoint)
+
+    def _starting_weights(self) -> dict[str, NDArray[np.float32]]:
+        start = self.study.model.start
+        if start is None:
+            return initial_weights(self.study)
+        blob = PublicStarts(self._home.starts).read(start.sha256)
+        return start_weights(self.study, blob)
+
+    def _finish(self, checkpoint: Checkpoint, reason: str = "") -> None:
+        write_atomic(self._folder / "model.safetensors", pack(checkpoint.result))
+        self._registry.set_study_state(self.digest, "finished", reason)
+
+    # --- training --------------------------------------------------------------------------
 
     def _round(self, checkpoint: Checkpoint) -> Checkpoint:
         number = checkpoint.rounds_done
@@ -97,173 +97,183 @@ class StudyRun:
         blob = pack(checkpoint.weights)
         dropped: dict[str, str] = {}
         for attempt in range(_ATTEMPTS):
-            mean = RunningMean(self._specs)
-            participants = self._wait_for_quorum()
+            participants = self._asking.wait_for_quorum()
             weights = cohort_weights(
                 {p.name: p.cohort_size for p in participants}, self.study.federation.weighting
             )
-            replies = self._ask(participants, number, blob, "train", mean=mean, weights=weights)
+            mean = RunningMean(self._specs)
+            losses: list[float] = []
+
+            def accept(site: Participant, content: Any) -> None:
+                update = weights_of(content)
+                figures = self._exact_figures(content)
+                mean.add(update, weights[site.name])  # noqa: B023 - called within this attempt
+                if "loss" in figures:
+                    losses.append(figures["loss"])  # noqa: B023
+                self._note(site.name, "training", number, update)
+
+            replies = self._asking.ask(participants, number, blob, "train", accept=accept)
             dropped |= replies.dropped
-            if len(replies.added) >= self.study.federation.quorum:
+            if len(replies.accepted) >= self.study.federation.quorum:
                 break
             _log.warning("round %d attempt %d missed its quorum", number + 1, attempt + 1)
         else:
-            raise ConsiliumError(
-                "run.quorum",
-                f"Round {number + 1} missed its quorum {_ATTEMPTS} times: "
-                + "; ".join(f"{site}: {why}" for site, why in sorted(dropped.items())),
-                hint="Mend what the sites report, then go on with `consilium study run`.",
-            )
-        after = Checkpoint(number + 1, mean.mean())
-        _check_finite(after.weights)
+            raise self._missed_quorum(f"Round {number + 1}", dropped)
+        trained = mean.mean()
+        _check_finite(trained)
+        after = Checkpoint(
+            number + 1, {**checkpoint.weights, **trained}, self._average(checkpoint, trained)
+        )
+        # The record first: a crash in between repeats the round from the sites' stores, and the ε
+        # that is shown never leaves a round out.
+        self._record(number, time.monotonic() - started, replies, dropped, losses)
         save_checkpoint(self._folder, after)
-        self._record(number, time.monotonic() - started, replies, dropped)
         return after
 
-    def _evaluate(self, checkpoint: Checkpoint, *, last: bool) -> None:
-        participants = self._participants()
-        replies = self._ask(
-            participants, checkpoint.rounds_done, pack(checkpoint.weights), "evaluate", last=last
+    def _average(
+        self, before: Checkpoint, trained: Mapping[str, NDArray[np.float32]]
+    ) -> dict[str, NDArray[np.float32]]:
+        decay = self.study.federation.averaging
+        if not decay:
+            return {}
+        return running_average(
+            before.result, trained, decay=decay, rounds_done=before.rounds_done + 1
         )
-        if replies.figures:
-            with self._registry.transaction() as session:
-                row = session.get_one(Round, (self.digest, checkpoint.rounds_done - 1))
-                row.metrics = {**row.metrics, "evaluation": replies.figures}
-        for site, why in replies.dropped.items():
-            _log.warning("evaluation at %s: %s", site, why)
-
-    def _wait_for_quorum(self) -> list[Participant]:
-        end = time.monotonic() + min(_QUORUM_WAIT_SECONDS, self.study.federation.deadline_seconds)
-        while True:
-            participants = self._participants()
-            if len(participants) >= self.study.federation.quorum:
-                return participants
-            if time.monotonic() > end:
-                raise ConsiliumError(
-                    "run.quorum",
-                    f"{len(participants)} of the {self.study.federation.quorum} sites the study"
-                    " needs are online.",
-                    hint="When they are back, go on with `consilium study run`; nothing is lost.",
-                )
-            time.sleep(0.2)
-
-    def _participants(self) -> list[Participant]:
-        nodes = set(self._grid.get_node_ids())
-        cohorts = {
-            a.site: a.cohort_size
-            for a in self._registry.approvals(self.digest)
-            if a.decision == "approved"
-        }
-        return [
-            Participant(m.name, int(m.node_id), cohorts[m.name], m.session)
-            for m in self._registry.sites()
-            if m.online and m.name in cohorts and m.node_id and int(m.node_id) in nodes
-        ]
-
-    def _ask(
-        self,
-        participants: list[Participant],
-        number: int,
-        blob: bytes,
-        kind: str,
-        *,
-        mean: RunningMean | None = None,
-        weights: Mapping[str, float] | None = None,
-        last: bool = False,
-    ) -> Replies:
-        """Send one message to every participant and take the replies until the deadline."""
-        from flwr.app import Message
-
-        replies = Replies()
-        waiting: dict[str, Participant] = {}
-        deadline = time.monotonic() + self.study.federation.deadline_seconds
-        # Before anything is sent: the first site may answer while the last is still being asked.
-        sent_at = time.time_ns()
-        for site in participants:
-            message = Message(
-                content=to_site(
-                    Instructions(self.digest, number, site.cohort_size, last=last), blob
-                ),
-                dst_node_id=site.node_id,
-                message_type=kind,
-                group_id=str(number + 1),
-                ttl=self.study.federation.deadline_seconds + 60,
-            )
-            waiting[next(iter(self._grid.push_messages([message])))] = site
-        self._home.kick.touch()
-        look_for_gone = time.monotonic() + _GONE_SECONDS
-        while waiting and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-            for message_id, site in list(waiting.items()):
-                # Asking for a reply that has come in part would wait long for the rest of it.
-                if self._has_arrived(site, sent_at):
-                    for reply in self._grid.pull_messages([message_id]):
-                        del waiting[message_id]
-                        self._take(reply, site, replies, mean, weights)
-            if time.monotonic() > look_for_gone:
-                look_for_gone = time.monotonic() + _GONE_SECONDS
-                gone = self._gone(list(waiting.values()))
-                for message_id, site in list(waiting.items()):
-                    if site.name in gone:
-                        del waiting[message_id]
-                        replies.dropped[site.name] = "the site went away during the round"
-        for site in waiting.values():
-            replies.dropped[site.name] = "no reply before the deadline"
-        return replies
-
-    def _has_arrived(self, site: Participant, since: int) -> bool:
-        """Return whether the gateway has seen a whole reply of the site since ``since`` (ns)."""
-        try:
-            return (self._home.arrived / str(site.node_id)).stat().st_mtime_ns >= since
-        except FileNotFoundError:
-            return False
-
-    def _take(
-        self,
-        reply: Message,
-        site: Participant,
-        replies: Replies,
-        mean: RunningMean | None,
-        weights: Mapping[str, float] | None,
-    ) -> None:
-        """Add one reply, or note why it was left out; a bad one never stops the round."""
-        try:
-            if reply.has_error():
-                raise _site_error(reply)
-            if mean is not None and weights is not None:
-                mean.add(weights_of(reply.content), weights[site.name])
-            replies.added.append(site.name)
-            if self.study.evaluation.release == "exact":
-                replies.figures[site.name] = figures_of(reply.content)
-        except ConsiliumError as error:
-            _log.warning("left out the update of %s: %s", site.name, error)
-            replies.dropped[site.name] = f"{error.code}: {error.message}"
-
-    def _gone(self, sites: Sequence[Participant]) -> set[str]:
-        """Return the sites that went silent, restarted or were revoked since the round began."""
-        members = {m.name: m for m in self._registry.sites()}
-        return {
-            site.name
-            for site in sites
-            if not members[site.name].online or members[site.name].session != site.session
-        }
 
     def _record(
-        self, number: int, seconds: float, replies: Replies, dropped: dict[str, str]
+        self,
+        number: int,
+        seconds: float,
+        replies: Replies,
+        dropped: dict[str, str],
+        losses: list[float],
     ) -> None:
-        losses = [f["loss"] for f in replies.figures.values() if "loss" in f]
         with self._registry.transaction() as session:
             session.merge(
                 Round(
                     digest=self.digest,
                     number=number,
                     seconds=seconds,
-                    sites=sorted(replies.added),
+                    sites=sorted(replies.accepted),
                     dropped=dropped,
                     loss=float(np.mean(losses)) if losses else None,
+                    metrics={},
                     ended_at=now(),
                 )
             )
+
+    # --- evaluation ------------------------------------------------------------------------
+
+    def _evaluate(self, checkpoint: Checkpoint) -> EvaluationRow:
+        """Have the sites evaluate the model, and keep what they release."""
+        done = checkpoint.rounds_done
+        started = time.monotonic()
+        blob = pack(checkpoint.result)
+        # Noise of a released sum; computed before a site is asked, so that it can be shown.
+        noise = self._released_noise()
+        must = done == 0 and noise is not None
+        dropped: dict[str, str] = {}
+        for _ in range(_ATTEMPTS if must else 1):
+            participants = (
+                self._asking.wait_for_quorum() if done == 0 else self._asking.participants()
+            )
+            figures: dict[str, dict[str, float]] = {}
+
+            def accept(site: Participant, content: Any) -> None:
+                found = checked_figures(figures_of(content), self.study.evaluation.release)
+                if found and noise is not None:
+                    self._note(site.name, "evaluation", done, canonical_json(found))
+                if found:
+                    figures[site.name] = found  # noqa: B023 - called within this attempt
+
+            replies = self._asking.ask(
+                participants,
+                done,
+                blob,
+                "evaluate",
+                accept=accept,
+                last=done == self.study.federation.rounds,
+            )
+            dropped |= replies.dropped
+            if not must or len(figures) >= self.study.federation.quorum:
+                break
+        else:
+            raise self._missed_quorum("The evaluation of the starting model", dropped)
+        for site, why in dropped.items():
+            _log.warning("evaluation at %s: %s", site, why)
+        row = EvaluationRow(
+            digest=self.digest,
+            rounds_done=done,
+            sites=sorted(replies.accepted),
+            dropped={s: why for s, why in dropped.items() if s not in replies.accepted},
+            figures=figures,
+            declared={p.name: p.evaluation_size for p in participants if p.name in figures},
+            noise=noise,
+            seconds=time.monotonic() - started,
+            ended_at=now(),
+        )
+        with self._registry.transaction() as session:
+            session.add(row)
+        return row
+
+    def _released_noise(self) -> float | None:
+        if self.study.evaluation.release != "private":
+            return None
+        from consilium_common.privacy.accounting import parameters
+
+        plan = parameters(self.study)
+        assert plan is not None  # the schema asks for a private study
+        return plan.evaluation_deviation
+
+    def _exact_figures(self, content: Any) -> dict[str, float]:
+        if self.study.evaluation.release != "exact":
+            return {}
+        return checked_figures(figures_of(content), "exact")
+
+    def _sufficient(self, evaluation: EvaluationRow) -> str:
+        """Return why the starting model is all that is needed; empty where it is not."""
+        enough = self.study.evaluation.sufficient
+        if enough is None or evaluation.noise is None or not evaluation.figures:
+            return ""
+        found = noisy_score(evaluation.figures, evaluation.declared, evaluation.noise)
+        if found["score"] < enough:
+            return ""
+        return (
+            f"the starting model already scores "
+            f"{plus_minus(found['score'], found['standard_error'])}:"
+            " no budget was spent on training"
+        )
+
+    # --- both ------------------------------------------------------------------------------
+
+    def _note(self, site: str, purpose: Purpose, number: int, content: bytes) -> None:
+        """Note what came of a site, and say it aloud when it sent something else before."""
+        changed = self._registry.note_received(
+            Received(
+                study=self.digest,
+                site=site,
+                purpose=purpose,
+                round=number,
+                sha256=hashlib.sha256(content).hexdigest(),
+                bytes=len(content),
+                time=time_text(datetime.now(UTC)),
+            )
+        )
+        if changed and self.study.privacy.mode == "patient":
+            self._registry.raise_alarm(
+                site,
+                "privacy.second-release",
+                f"In study {self.digest[:12]} the site sent two different answers for one"
+                f" {purpose}, round {number}; one charge covers one of them.",
+            )
+
+    def _missed_quorum(self, what: str, dropped: Mapping[str, str]) -> ConsiliumError:
+        return ConsiliumError(
+            "run.quorum",
+            f"{what} missed its quorum {_ATTEMPTS} times: "
+            + "; ".join(f"{site}: {why}" for site, why in sorted(dropped.items())),
+            hint="Mend what the sites report, then go on with `consilium study run`.",
+        )
 
 
 def _check_finite(weights: Mapping[str, NDArray[np.float32]]) -> None:
@@ -271,11 +281,3 @@ def _check_finite(weights: Mapping[str, NDArray[np.float32]]) -> None:
     for name, tensor in weights.items():
         if not np.isfinite(tensor).all():
             raise ConsiliumError("run.diverged", f"The mean of {name} is not finite.")
-
-
-def _site_error(reply: Message) -> ConsiliumError:
-    """Return the error a site replied with; ours are JSON, Flower's are words."""
-    try:
-        return ConsiliumError.from_dict(json.loads(reply.error.reason))
-    except (ValueError, AttributeError, TypeError):
-        return ConsiliumError("run.site-failed", "The site's training process failed.")

@@ -12,6 +12,7 @@ from consilium_common import __version__
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import Role, describe
+from consilium_common.study import Study
 from consilium_common.study.load import study_from_canonical
 from consilium_common.wire import methods
 from consilium_common.wire.statements import (
@@ -21,17 +22,13 @@ from consilium_common.wire.statements import (
 )
 from consilium_server.flower_private import Control, node_key_bytes
 from consilium_server.gateway import Service
-from consilium_server.overview import site_overview, study_overview
+from consilium_server.overview import sites_overview, study_overview
 from consilium_server.peers import Peer
-from consilium_server.registry import (
-    Approval,
-    Member,
-    Progress,
-    Registry,
-    StudyRow,
-    now,
-)
+from consilium_server.registry import Registry
 from consilium_server.spending import SpendMeter
+from consilium_server.starts import PublicStarts
+from consilium_server.tables import Approval, Member, Progress, StudyRow, now
+from consilium_server.witness import Witness
 
 
 @dataclass
@@ -41,6 +38,8 @@ class Services:
     registry: Registry
     authority: Authority
     control: Control
+    witness: Witness
+    starts: PublicStarts
     meter: SpendMeter = field(default_factory=SpendMeter)
 
     def table(self) -> dict[str, Service]:
@@ -51,6 +50,7 @@ class Services:
             methods.SITE_STUDIES: self.site_studies,
             methods.SITE_DECIDE: self.decide,
             methods.SITE_PROGRESS: self.progress,
+            methods.SITE_WITNESS: self.countersign,
             methods.OPERATOR_PROPOSE: self.propose,
             methods.OPERATOR_STUDIES: self.operator_studies,
             methods.OPERATOR_SHOW: self.show,
@@ -108,8 +108,7 @@ class Services:
             member.last_seen = now()
             member.session = _text(request, "session")
             member.version = _text(request, "version")
-        running = [row.digest for row in self.registry.studies() if row.state == "running"]
-        return {"version": __version__, "running": running}
+        return {"version": __version__, "running": self.registry.running()}
 
     async def site_studies(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Return every proposal with its signature, and this site's own decision about it."""
@@ -135,14 +134,29 @@ class Services:
         assert peer.member is not None
         row = self.registry.study(_text(request, "digest"))
         decision = _text(request, "decision")
-        cohort_size = request.get("cohort_size")
+        cohort_size = _count(request, "cohort_size")
+        evaluation_size = _count(request, "evaluation_size")
         why = _text(request, "why")
-        if decision not in ("approved", "declined") or not isinstance(cohort_size, int):
+        if decision not in ("approved", "declined"):
             raise ConsiliumError("study.bad-decision", "The decision is incomplete.")
         if decision == "approved" and cohort_size < 1:
             raise ConsiliumError("study.bad-decision", "The declared cohort size must be positive.")
+        released = row.study.evaluation.release == "private"
+        if decision == "approved" and released and evaluation_size < 1:
+            raise ConsiliumError(
+                "study.bad-decision",
+                "The study releases scores, and no patient was declared to evaluate on.",
+                hint="Approve it with the number of patients in the test part of your split.",
+            )
         check_signed(
-            approval_statement(row.digest, peer.name, decision, cohort_size, why),
+            approval_statement(
+                row.digest,
+                peer.name,
+                decision,
+                cohort_size=cohort_size,
+                evaluation_size=evaluation_size,
+                why=why,
+            ),
             _text(request, "signature"),
             peer.member.signer_pem,
             self._authority_certificate,
@@ -156,6 +170,7 @@ class Services:
                     decision=decision,
                     why=why,
                     cohort_size=cohort_size,
+                    evaluation_size=evaluation_size,
                     signature=_text(request, "signature"),
                     decided_at=now(),
                 )
@@ -178,10 +193,23 @@ class Services:
             )
         return {}
 
-    async def propose(self, peer: Peer, request: dict[str, Any]) -> Any:
-        """Take a study that an operator signed; the same study again changes nothing."""
+    async def countersign(self, peer: Peer, request: dict[str, Any]) -> Any:
+        """Countersign the heads of a site's ledger, or say what is known of it."""
         assert peer.member is not None
+        return await asyncio.to_thread(
+            self.witness.countersign, peer.name, peer.member.signer_pem, request.get("heads")
+        )
+
+    async def propose(self, peer: Peer, request: dict[str, Any]) -> Any:
+        """Take a study that an operator signed; the same study again changes nothing.
+
+        A public start comes before it, in pieces: each a request with ``start`` alone.
+        """
+        assert peer.member is not None
+        if "start" in request:
+            return await asyncio.to_thread(self.starts.take, request["start"])
         study = study_from_canonical(request.get("canonical"))
+        self._check_start(study)
         signature = _text(request, "signature")
         check_signed(
             proposal_statement(study.digest, peer.name),
@@ -263,13 +291,29 @@ class Services:
 
     async def sites(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Return every site and how it stands."""
-        return {"sites": [site_overview(member) for member in self.registry.sites()]}
+        return {"sites": sites_overview(self.registry)}
 
     @property
     def _authority_certificate(self) -> x509.Certificate:
         return self.authority.certificate
 
+    def _check_start(self, study: Study) -> None:
+        start = study.model.start
+        if start is not None and not self.starts.path(start.sha256).exists():
+            raise ConsiliumError(
+                "study.start",
+                f"The starting weights {start.sha256[:12]}… that the study names are not here.",
+                hint="Propose it with `consilium study propose FILE --start WEIGHTS.safetensors`.",
+            )
+
     def _check_can_run(self, row: StudyRow) -> None:
+        if row.study.digest != row.digest:
+            raise ConsiliumError(
+                "study.release",
+                "The study was proposed under a release that reads it in another way.",
+                hint="Propose its file again; sites approve it anew.",
+            )
+        self._check_start(row.study)
         quorum = row.study.federation.quorum
         approved = {a.site for a in self.registry.approvals(row.digest) if a.decision == "approved"}
         if len(approved) < quorum:
@@ -291,6 +335,17 @@ def _text(request: dict[str, Any], key: str) -> str:
     value = request.get(key)
     if not isinstance(value, str) or len(value) > 100_000:
         raise ConsiliumError("network.garbage", f"The request's {key} is missing or not text.")
+    return value
+
+
+def _count(request: dict[str, Any], key: str) -> int:
+    value = request.get(key)
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ConsiliumError(
+            "study.bad-decision",
+            f"The decision's {key} is missing or not a number of patients.",
+            hint="Site and aggregator may run releases that do not fit; update the older one.",
+        )
     return value
 
 

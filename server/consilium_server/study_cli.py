@@ -15,6 +15,8 @@ from consilium_server.home import ServerHome
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from consilium_common.study import Study
+
 app = typer.Typer(no_args_is_help=True, help="Propose, run and watch studies.")
 
 File = Annotated[Path, typer.Argument(help="The study's YAML file.", metavar="FILE")]
@@ -23,11 +25,17 @@ Which = Annotated[str, typer.Argument(help="Name, or the first digits of the dig
 
 @app.command()
 @command
-def check(file: File) -> None:
+def check(
+    file: File,
+    patients: Annotated[
+        int | None,
+        typer.Option(min=1, help="Say what the noise leaves of the signal with so many patients."),
+    ] = None,
+) -> None:
     """Check a study file and say in words what it does, what leaves a site and what it costs."""
     from consilium_common.study.check import check as check_file
 
-    checked = check_file(file)
+    checked = check_file(file, patients=patients)
     result(checked.data, "\n".join(checked.lines))
 
 
@@ -52,7 +60,16 @@ def examples(
 
 @app.command()
 @command
-def propose(file: File, home: Home = DEFAULT_HOME) -> None:
+def propose(
+    file: File,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="The public starting weights that the study names, safetensors.", metavar="WEIGHTS"
+        ),
+    ] = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
     """Sign a study and propose it to all sites."""
     from consilium_common.study.check import check as check_file
     from consilium_common.wire.statements import proposal_statement
@@ -60,8 +77,13 @@ def propose(file: File, home: Home = DEFAULT_HOME) -> None:
 
     server = ServerHome.existing(home)
     study = check_file(file).study
+    weights = _starting_weights(study, start)
     signature = operator_signature(server, proposal_statement(study.digest, OPERATOR_NAME))
     with operator_caller(server) as caller:
+        if weights is not None:
+            from consilium_server.starts import send_start
+
+            send_start(caller, weights)
         answer = caller.call(
             methods.OPERATOR_PROPOSE, {"canonical": study.to_canonical(), "signature": signature}
         )
@@ -141,6 +163,33 @@ def stop(study: Which, home: Home = DEFAULT_HOME) -> None:
     result(data, "Stopped. Go on with `consilium study run`.")
 
 
+def _starting_weights(study: Study, file: Path | None) -> bytes | None:
+    """Return the weights a study begins with, checked against it; None where it names none."""
+    from consilium_common.errors import ConsiliumError
+    from consilium_common.models.registry import start_weights
+
+    if file is None and study.model.start is None:
+        return None
+    if file is None:
+        raise ConsiliumError(
+            "study.start",
+            "The study begins with public weights, and no file of them was given.",
+            where="model.start",
+            hint="Give it: consilium study propose FILE --start WEIGHTS.safetensors",
+        )
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConsiliumError(
+            "study.start",
+            f"Cannot read the starting weights: {error.strerror or error}.",
+            where=str(file),
+            hint="Give the safetensors file that model.start.sha256 names.",
+        ) from error
+    start_weights(study, content)
+    return content
+
+
 def _call(home: Path, method: str, request: dict[str, Any]) -> Any:
     from consilium_server.members import operator_caller
 
@@ -162,7 +211,8 @@ def _watch(home: Path, study: str) -> None:
             f"The study {data['name']} {data['state']}: {data['reason']}",
             hint="Mend the cause, then go on with `consilium study run`; no round is lost.",
         )
-    lines = [f"{data['name']} finished after {len(data['rounds'])} rounds."]
+    why = f": {data['reason']}" if data["reason"] else ""
+    lines = [f"{data['name']} finished after {len(data['rounds'])} rounds{why}."]
     if data["evaluation"]:
         lines.append(evaluation_line(data["evaluation"]))
     lines.append(f"The model: {server.study_folder(data['digest']) / 'model.safetensors'}")

@@ -32,6 +32,8 @@ from consilium_server.home import HOME_VARIABLE, ServerHome
 from consilium_server.peers import Doorkeeper
 from consilium_server.registry import Registry
 from consilium_server.services import Services
+from consilium_server.starts import PublicStarts
+from consilium_server.witness import Witness, WitnessKey
 
 _SUPERLINK_START_SECONDS = 60.0
 
@@ -52,6 +54,8 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
 
     registry = Registry(home.database)
     authority = Authority.load(home.identity)
+    # A home of an earlier release has no witness's key yet.
+    witness = Witness(registry, WitnessKey.ensure(home.identity, authority))
     loopback = make_loopback(home.run)
     certificate = loopback.certificate
     superlink_port = free_port()
@@ -104,7 +108,13 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
         await _first(ready.wait(), stop.wait())
         tasks.append(asyncio.create_task(executor.supervise()))
         fleet = FleetForwarder(f"https://{address}", certificate, home.kick)
-        services = Services(registry, authority, Control(address, certificate))
+        services = Services(
+            registry,
+            authority,
+            Control(address, certificate),
+            witness,
+            PublicStarts(home.starts),
+        )
         gateway = Gateway(
             Doorkeeper(authority.certificate, registry),
             fleet,
@@ -140,13 +150,10 @@ def _teach(registry: Registry, control: Control) -> None:
         if site.status == "active":
             key = describe(load_certificate(site.certificate_pem.encode())).public_key
             registry.set_node(site.name, control.register_node(node_key_bytes(key), site.name))
-    for row in registry.studies():
-        if row.state == "running":
-            registry.set_study_state(
-                row.digest,
-                "stopped",
-                "the aggregator was restarted; go on with `consilium study run`",
-            )
+    for digest in registry.running():
+        registry.set_study_state(
+            digest, "stopped", "the aggregator was restarted; go on with `consilium study run`"
+        )
     control.close()
 
 

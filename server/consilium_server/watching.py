@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from consilium_common.console import MODE, err, note
 from consilium_common.errors import ConsiliumError
+from consilium_common.report.wording import plus_minus
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +28,7 @@ def follow(fetch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     from rich.live import Live
 
     console = err()
-    seen = -1
+    seen = (-1, -1)
     with ExitStack() as stack:
         live: Live | None = None
         if console.is_terminal and not MODE.json:
@@ -36,9 +37,11 @@ def follow(fetch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             data = _fetch_patiently(fetch)
             if live is not None:
                 live.update(study_view(data), refresh=True)
-            elif len(data["rounds"]) != seen:
-                seen = len(data["rounds"])
-                note(one_line(data))
+            else:
+                done = (len(data["rounds"]), len(data["evaluations"]))
+                if done != seen:
+                    seen = done
+                    note(one_line(data))
             if data["state"] in _ENDED:
                 return data
             time.sleep(_POLL_SECONDS)
@@ -58,12 +61,22 @@ def one_line(data: dict[str, Any]) -> str:
             line += f", ε {spent}"
         for site, why in last["dropped"].items():
             line += f"; {site} left out: {why}"
+    if data["evaluation"]:
+        line += f"; {evaluation_line(data['evaluation'])}"
     return line
 
 
 def evaluation_line(evaluation: dict[str, Any]) -> str:
-    """Return a released evaluation in one line."""
-    line = f"after round {evaluation['rounds_done']}, {evaluation['cases']} test cases:"
+    """Return a released evaluation in one line; what noise does to it is said beside it."""
+    done = evaluation["rounds_done"]
+    when = f"after round {done}" if done else "the starting model"
+    if "score" in evaluation:
+        return (
+            f"{when}: score"
+            f" {plus_minus(evaluation['score'], evaluation['standard_error'])} (noise),"
+            f" {len(evaluation['sites'])} sites, {evaluation['patients']} patients declared"
+        )
+    line = f"{when}, {evaluation['cases']} test cases:"
     for name, value in evaluation.get("dice", {}).items():
         line += f" Dice {name} {value:.3f}"
     if "mean_dice" in evaluation:
@@ -82,20 +95,28 @@ def study_view(data: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     rounds = data["rounds"]
-    epsilon = data["epsilon"]
+    epsilon, evaluated = data["epsilon"], data["evaluation_epsilon"]
     progress = {row["site"]: row for row in data["progress"]}
-    sites = Table("site", "decision", "cohort", "online", "now", "ε spent", box=None)
+    sites = Table(
+        "site", "decision", "cohort", "tested", "online", "now", "ε training", "ε tests", box=None
+    )
     for approval in data["approvals"]:
         name = approval["site"]
         sites.add_row(
             name,
             approval["decision"],
             str(approval["cohort_size"]),
+            str(approval["evaluation_size"]),
             "yes" if approval["online"] else "no",
             _phase(progress.get(name)),
             f"{epsilon[name]:.3f}" if epsilon.get(name) else "–",
+            f"{evaluated[name]:.3f}" if evaluated.get(name) else "–",
         )
     parts: list[RenderableType] = [sites]
+    parts += [
+        Text(f"ALARM {alarm['site']}: {alarm['message']}", style="bold red")
+        for alarm in data["alarms"]
+    ]
     if rounds:
         table = Table("round", "seconds", "sites", "loss", "left out", box=None)
         for row in rounds[-8:]:
@@ -107,8 +128,9 @@ def study_view(data: dict[str, Any]) -> RenderableType:
                 "; ".join(f"{s}: {why}" for s, why in row["dropped"].items()),
             )
         parts += [Text(), table]
-    if data["evaluation"]:
-        parts += [Text(), Text(evaluation_line(data["evaluation"]))]
+    lines = [evaluation_line(row) for row in data["evaluations"] if row["figures"]]
+    if lines:
+        parts += [Text(), *(Text(line) for line in lines[-4:])]
     # A bar ends without a line break of its own; rows of a grid have one.
     end = Table.grid()
     end.add_row(ProgressBar(total=data["rounds_planned"], completed=len(rounds), width=60))

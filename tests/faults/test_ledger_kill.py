@@ -118,3 +118,62 @@ def test_a_writer_killed_while_it_makes_the_file_leaves_one_that_can_be_used(
         with Ledger.open(path, KEY, site="north") as ledger:
             assert ledger.head.sequence >= 0
         assert verify_file(path, KEY.public_key()).ok
+
+
+#: Keeps a witness record of each entry of a ledger as fast as it can, and says so after each.
+WITNESS = """
+import sys
+from pathlib import Path
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from consilium_common.ledger.store import Ledger
+from consilium_common.ledger.witness import WitnessRecord
+from consilium_common.wire.statements import sign
+
+key = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
+time = "2031-05-06T07:08:09.000000Z"
+with Ledger.open(Path(sys.argv[1]), key, site="north") as ledger:
+    while True:
+        last = ledger.witnessed
+        for entry in ledger.from_entry(0 if last is None else last.sequence + 1, 3):
+            unsigned = WitnessRecord("north", entry.head, time, "")
+            record = WitnessRecord("north", entry.head, time, sign(key, unsigned.statement()))
+            ledger.add_witness([record], key.public_key())
+            print(entry.sequence, flush=True)
+"""
+
+
+def test_a_witnessing_killed_beside_a_writer_keeps_every_acknowledged_record(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "ledger.db"
+    chance = random.Random(3)
+    Ledger.open(path, KEY, site="north").close()
+    witnessed = 0
+    for attempt in range(4):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path), str(10_000 * attempt)],
+            stdout=subprocess.DEVNULL,
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", WITNESS, str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        guard = threading.Timer(60, process.kill)
+        guard.start()
+        try:
+            said = [process.stdout.readline()]
+            threading.Timer(chance.uniform(0.05, 0.2), process.kill).start()
+            said += process.stdout.readlines()
+            process.wait()
+        finally:
+            guard.cancel()
+            writer.kill()
+            writer.wait()
+            process.stdout.close()
+        last = max(int(line) for line in said if line.endswith("\n"))
+        found = verify_file(path, KEY.public_key(), witness_key=KEY.public_key())
+        assert found.problem is None
+        # At most one record more than was acknowledged.
+        assert found.witnessed in (last + 1, last + 2)
+        assert found.witnessed > witnessed
+        witnessed = found.witnessed

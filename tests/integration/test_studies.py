@@ -72,8 +72,8 @@ def _epsilon_of_recorded_events(export: Path, digest: str) -> float:
     accountant = PLDAccountant()
     delta = 1.0
     for line in export.read_text().splitlines():
-        entry = json.loads(line)["content"]
-        if entry["kind"] != "charge" or entry["body"]["study"] != digest:
+        entry = json.loads(line).get("content")  # a witness record has none
+        if entry is None or entry["kind"] != "charge" or entry["body"]["study"] != digest:
             continue
         event = entry["body"]["event"]
         step = PoissonSampledDpEvent(

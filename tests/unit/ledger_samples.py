@@ -7,12 +7,16 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from consilium_common.ledger.entries import Entry
+from consilium_common.ledger.entries import Entry, Purpose
 from consilium_common.ledger.store import Ledger
+from consilium_common.ledger.witness import WitnessRecord
 from consilium_common.privacy.events import PrivacyEvent
+from consilium_common.wire.statements import sign
 
 #: Fixed, so that every run of a test looks at the same bytes.
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+WITNESS_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(64, 96)))
+WITNESS_TIME = "2031-05-06T07:08:09.000000Z"
 STUDY = "a" * 64
 OTHER_STUDY = "b" * 64
 EVENT = PrivacyEvent(0.1, 2.0, 20)
@@ -33,6 +37,7 @@ def charge(
     study: str = STUDY,
     event: PrivacyEvent = EVENT,
     members: list[str] | None = None,
+    purpose: Purpose = "training",
 ) -> Entry:
     """Charge one round."""
     return ledger.charge(
@@ -42,6 +47,7 @@ def charge(
         clip_norm=1.0,
         delta=1e-3,
         patients=patients(3) if members is None else members,
+        purpose=purpose,
     )
 
 
@@ -59,4 +65,18 @@ def small_ledger(path: Path) -> Ledger:
     second = charge(ledger, 1)
     ledger.void(second, "no update was stored")
     charge(ledger, 0, study=OTHER_STUDY)
+    return ledger
+
+
+def witness(entry: Entry, *, key: Ed25519PrivateKey = WITNESS_KEY) -> WitnessRecord:
+    """Return the record that the aggregator would make of an entry."""
+    unsigned = WitnessRecord(entry.site, entry.head, WITNESS_TIME, "")
+    return WitnessRecord(entry.site, entry.head, WITNESS_TIME, sign(key, unsigned.statement()))
+
+
+def witnessed_ledger(path: Path, number: int = 6) -> Ledger:
+    """Return a small ledger whose first ``number`` entries are witnessed."""
+    ledger = small_ledger(path)
+    records = [witness(entry) for entry in ledger.from_entry(0, number)]
+    ledger.add_witness(records, WITNESS_KEY.public_key())
     return ledger

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
-from dp_accounting import dp_event
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from consilium_common.errors import ConsiliumError
+from consilium_common.ledger.store import Ledger
 from consilium_common.privacy import accounting
 from consilium_common.privacy.accounting import (
     calibrate,
@@ -25,14 +28,29 @@ from consilium_common.privacy.accounting import (
 from consilium_common.privacy.events import PrivacyEvent, PrivacyParameters, grouped
 from consilium_common.study.schema import Study
 
-#: σ, q, T, δ, then ε by RDP, opacus PRV and PLD.
+#: σ, q, T, δ, then ε by RDP, opacus PRV, PLD, and PLD for replacing one patient.
 REFERENCE = [
-    (1.1, 256 / 60000, 14062, 1e-5, 2.597, 2.392, 2.382),
-    (4.0, 0.01, 10_000, 1e-5, 1.035, 0.957, 0.947),
-    (1.5, 0.04, 2250, 1e-5, 7.329, 6.779, 6.769),
-    (1.0, 0.032, 1563, 1e-4, 8.118, 7.335, 7.324),
-    (0.6, 0.0027, 3700, 6e-6, 5.067, 4.174, 4.163),
+    (1.1, 256 / 60000, 14062, 1e-5, 2.597, 2.392, 2.382, 4.22),
+    (4.0, 0.01, 10_000, 1e-5, 1.035, 0.957, 0.947, 1.99),
+    (1.5, 0.04, 2250, 1e-5, 7.329, 6.779, 6.769, 13.5),
+    (1.0, 0.032, 1563, 1e-4, 8.118, 7.335, 7.324, 12.8),
+    (0.6, 0.0027, 3700, 6e-6, 5.067, 4.174, 4.163, 4.78),
 ]
+
+
+def direct(
+    *events: PrivacyEvent,
+    neighbours: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+) -> PLDAccountant:
+    """Compose events with dp-accounting itself, round by round, without anything of ours."""
+    accountant = PLDAccountant(neighbours)
+    for event in events:
+        step = dp_event.PoissonSampledDpEvent(
+            event.sampling_rate, dp_event.GaussianDpEvent(event.noise_multiplier)
+        )
+        accountant.compose(step, event.steps)
+    return accountant
+
 
 STUDY = {
     "schema": "consilium/study/v1",
@@ -63,14 +81,18 @@ def study(**privacy: object) -> Study:
     )
 
 
-@pytest.mark.parametrize("row", REFERENCE)
-def test_all_three_accountants_give_the_reference_numbers(row: tuple[float, ...]) -> None:
-    sigma, q, steps, delta, rdp, prv, pld = row
-    events = [PrivacyEvent(q, sigma, int(steps))]
-    assert epsilon_of(events, delta) == pytest.approx(pld, abs=0.02)
-    assert epsilon_prv(events, delta) == pytest.approx(prv, abs=0.02)
-    assert epsilon_rdp(events, delta) == pytest.approx(rdp, abs=0.02)
-    check = cross_check(events, delta)
+@pytest.mark.parametrize("row", REFERENCE, ids=lambda row: f"sigma {row[0]}, T {row[2]}")
+def test_all_accountants_give_the_reference_numbers(row: tuple[float, ...]) -> None:
+    sigma, q, steps, delta, rdp, prv, pld, replace_one = row
+    event = PrivacyEvent(q, sigma, int(steps))
+    assert epsilon_of([event], delta) == pytest.approx(pld, abs=0.02)
+    assert epsilon_prv([event], delta) == pytest.approx(prv, abs=0.02)
+    assert epsilon_rdp([event], delta) == pytest.approx(rdp, abs=0.02)
+    # What the promise would be against replacing a patient; the table has three digits of it.
+    other = direct(event, neighbours=NeighboringRelation.REPLACE_ONE)
+    digits = 0.05 if replace_one > 10 else 0.005
+    assert other.get_epsilon(delta) == pytest.approx(replace_one, abs=0.02 + digits)
+    check = cross_check([event], delta)
     assert check.agreement == "agrees"
     assert check.below_ceiling
     assert check.ok
@@ -142,16 +164,62 @@ def test_calibration_says_when_no_noise_is_enough() -> None:
     assert caught.value.code == "privacy.unreachable"
 
 
+#: Two studies at one site, and a third at another: q, σ and steps of a round, rounds.
+FIRST, SECOND, ELSEWHERE = (
+    (PrivacyEvent(0.2, 3.0, 10), 6),
+    (PrivacyEvent(0.1, 2.0, 25), 4),
+    (PrivacyEvent(0.05, 1.5, 10), 5),
+)
+
+
 def test_studies_compose_as_dp_accounting_composes_them_directly() -> None:
-    events = [PrivacyEvent(0.2, 3.0, 60), PrivacyEvent(0.1, 2.0, 100), PrivacyEvent(0.05, 1.5, 50)]
-    direct = PLDAccountant()
-    for event in events:
-        step = dp_event.PoissonSampledDpEvent(
-            event.sampling_rate, dp_event.GaussianDpEvent(event.noise_multiplier)
-        )
-        direct.compose(step, event.steps)
-    assert epsilon_of(events, 1e-4) == pytest.approx(direct.get_epsilon(1e-4), abs=1e-6)
-    assert cross_check(events, 1e-4).ok
+    rounds = [event for event, number in (FIRST, SECOND, ELSEWHERE) for _ in range(number)]
+    whole = [
+        PrivacyEvent(event.sampling_rate, event.noise_multiplier, event.steps * number)
+        for event, number in (FIRST, SECOND, ELSEWHERE)
+    ]
+    # Ours from the rounds as a ledger has them; theirs from the whole studies.
+    assert epsilon_of(rounds, 1e-4) == pytest.approx(direct(*whole).get_epsilon(1e-4), abs=1e-6)
+    assert cross_check(rounds, 1e-4).ok
+
+
+def test_sites_compose_in_parallel_for_a_patient_of_one_and_together_for_one_of_two(
+    tmp_path: Path,
+) -> None:
+    def ledger(
+        site: str, studies: dict[str, tuple[PrivacyEvent, int]], patients: list[str]
+    ) -> Ledger:
+        opened = Ledger.open(tmp_path / f"{site}.db", Ed25519PrivateKey.generate(), site=site)
+        for study, (event, rounds) in studies.items():
+            for index in range(rounds):
+                opened.charge(
+                    study=study,
+                    round_index=index,
+                    event=event,
+                    clip_norm=1.0,
+                    delta=1e-4,
+                    patients=patients,
+                )
+        return opened
+
+    here, everywhere = "1" * 32, "2" * 32
+    north = ledger("north", {"a" * 64: FIRST, "b" * 64: SECOND}, [here, everywhere])
+    south = ledger("south", {"c" * 64: ELSEWHERE}, [everywhere])
+
+    def repeated(*parts: tuple[PrivacyEvent, int]) -> list[PrivacyEvent]:
+        return [event for event, number in parts for _ in range(number)]
+
+    with north, south:
+        # Parallel composition: a patient of one site has spent that site's events and no others.
+        one_site = direct(*repeated(FIRST, SECOND)).get_epsilon(1e-4)
+        assert epsilon_of(north.events_of(here), 1e-4) == pytest.approx(one_site, abs=1e-3)
+        assert south.events_of(here) == ()
+        # A patient of both has spent the composition, which is less than the sum.
+        both = (*north.events_of(everywhere), *south.events_of(everywhere))
+        together = direct(*repeated(FIRST, SECOND, ELSEWHERE)).get_epsilon(1e-4)
+        assert epsilon_of(both, 1e-4) == pytest.approx(together, abs=1e-3)
+        apart = epsilon_of(south.events_of(everywhere), 1e-4)
+        assert one_site < together < one_site + apart
 
 
 def test_many_steps_of_tiny_loss_are_not_rounded_up_into_a_large_one() -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.models.weights import TensorSpec, pack
-from consilium_server.aggregation import RunningMean, cohort_weights
+from consilium_server.aggregation import RunningMean, cohort_weights, running_average
 
 SPECS = (TensorSpec("a.weight", (3, 2)), TensorSpec("b.bias", (4,)), TensorSpec("c", ()))
 
@@ -115,3 +115,29 @@ def test_weights_are_the_declared_cohorts_or_equal() -> None:
     cohorts = {"north": 30, "south": 5}
     assert cohort_weights(cohorts, "cohort") == {"north": 30.0, "south": 5.0}
     assert cohort_weights(cohorts, "uniform") == {"north": 1.0, "south": 1.0}
+
+
+def test_the_running_average_forgets_the_start_at_first_and_then_decays_as_declared() -> None:
+    start, model = {"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)}
+    # After one round the warm-up weighs the past by 2/11, whatever the decay.
+    first = running_average(start, model, decay=0.999, rounds_done=1)
+    np.testing.assert_allclose(first["w"], 9 / 11, rtol=1e-6)
+    assert first["w"].dtype == np.float32
+    late = running_average(start, model, decay=0.9, rounds_done=10_000)
+    np.testing.assert_allclose(late["w"], 0.1, rtol=1e-6)
+    # Frozen tensors are no part of it.
+    assert set(
+        running_average({**start, "frozen": start["w"]}, model, decay=0.5, rounds_done=1)
+    ) == {"w"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=20), st.floats(0, 0.999))
+def test_the_running_average_stays_between_the_models_it_averages(
+    values: list[float], decay: float
+) -> None:
+    average = {"w": np.array([values[0]], np.float32)}
+    for index, value in enumerate(values):
+        model = {"w": np.array([value], np.float32)}
+        average = running_average(average, model, decay=decay, rounds_done=index + 1)
+    assert min(values) - 1e-5 <= average["w"][0] <= max(values) + 1e-5

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from audit_samples import consilium
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ledger_samples import EVENT, KEY, OTHER_STUDY, STUDY, charge, open_ledger, patients
 
-from consilium_common import cli
-from consilium_common.console import MODE
 from consilium_common.identity.keys import public_fingerprint, public_pem
 from consilium_common.ledger.store import Ledger
 from consilium_common.privacy.accounting import cross_check
@@ -28,16 +27,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `consilium …` as the command line does; return status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["consilium", *map(str, arguments)])
-        monkeypatch.setattr(MODE, "json", False)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    return call
+    return functools.partial(consilium, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -131,7 +121,7 @@ def test_a_broken_ledger_ends_with_status_6_and_names_the_entry(
     error = envelope(said)["error"]
     assert status == 6
     assert error["code"] == "privacy.ledger-broken"
-    assert error["where"] == f"{out}, entry 4"
+    assert error["where"] == f"{out}, entry 4, line 5"
     assert "entry 4" in error["message"]
     status, said, errors = run("audit", "verify", out, "--key", key)
     assert (status, said) == (6, "")
@@ -206,7 +196,8 @@ def test_wrong_arguments_are_one_clear_error(
     assert error("verify", wrong, "--key", key) == (6, "privacy.ledger-corrupt")
     assert error("verify", ledger, "--key", key, "--head", "x") == (2, "usage.head")
     assert error("verify", ledger, "--key", key, "--delta", "2") == (6, "privacy.delta-invalid")
-    assert error("verify", ledger) == (2, "usage.arguments")
+    assert error("verify", ledger) == (2, "usage.keys")
+    assert error("verify") == (2, "usage.arguments")
     assert error("export", missing, tmp_path / "out.jsonl") == (6, "privacy.no-ledger")
     assert error("export", ledger, tmp_path / "out.txt") == (2, "usage.export")
 

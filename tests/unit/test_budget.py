@@ -1,102 +1,40 @@
-"""A study that would overrun any patient is refused, over all studies, at every round."""
+"""No study overruns any patient: left out at approval, refused at a round, over all studies."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ledger_samples import KEY, charge, open_ledger, patients
-
-from consilium_client.budget import (
-    budget_command,
-    budget_table,
-    charge_round,
-    price,
-    require_affordable,
-    require_permitted,
+from budget_samples import (
+    COHORT,
+    COST,
+    DELTA,
+    ROUND,
+    ROUNDS,
+    WHOLE,
+    policy,
+    refused,
+    run_round,
+    study,
 )
-from consilium_client.home import SiteHome
-from consilium_client.policy import Policy, parse_policy, write_default_policy
-from consilium_common.console import MODE
-from consilium_common.errors import ConsiliumError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ledger_samples import charge, open_ledger, patients
+
+from consilium_client.budget import charge_round, price, require_affordable, require_permitted
+from consilium_client.policy import Policy, default_policy_text, parse_policy
 from consilium_common.ledger.store import Ledger
 from consilium_common.privacy.accounting import epsilon_of
 from consilium_common.privacy.events import PrivacyEvent
-from consilium_common.study.schema import Study
-
-#: One round of the study below, and all of it: ε 2.62 at δ = 1e-3.
-ROUND = PrivacyEvent(0.1, 2.0, 20)
-ROUNDS = 10
-WHOLE = PrivacyEvent(0.1, 2.0, 20 * ROUNDS)
-DELTA = 1e-3
-COST = epsilon_of([WHOLE], DELTA)
-COHORT = patients(20)
-
-
-def study(name: str = "first", *, release: str = "none", **privacy: Any) -> Study:
-    private = {
-        "mode": "patient",
-        "sampling_rate": 0.1,
-        "clip_norm": 1.0,
-        "noise_multiplier": 2.0,
-        "delta": DELTA,
-    }
-    return Study.model_validate(
-        {
-            "schema": "consilium/study/v1",
-            "name": name,
-            "task": {
-                "kind": "segmentation",
-                "dimensions": 2,
-                "inputs": ["image"],
-                "classes": ["background", "organ"],
-            },
-            "model": {"network": "unet"},
-            "training": {"steps_per_round": 20},
-            "privacy": {"mode": "none"}
-            if privacy.get("mode") == "none"
-            else {**private, **privacy},
-            "federation": {"rounds": ROUNDS},
-            "evaluation": {"release": release},
-        }
-    )
-
-
-def policy(epsilon: float = 10.0, delta: float = DELTA, **more: Any) -> Policy:
-    return Policy.model_validate(
-        {
-            "schema": "consilium/policy/v1",
-            "budget": {"epsilon": float(epsilon), "delta": delta},
-            **more,
-        }
-    )
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with open_ledger(tmp_path / "ledger.db") as opened:
         yield opened
-
-
-def run_round(
-    ledger: Ledger, rules: Policy, index: int, *, asked: Study, members: list[str] | None = None
-) -> None:
-    charge_round(
-        ledger,
-        rules,
-        asked,
-        index,
-        COHORT if members is None else members,
-        event=ROUND,
-        clip_norm=1.0,
-    )
-
-
-def refused(code: str) -> Any:
-    return pytest.raises(ConsiliumError, match=code.replace(".", r"\."))
 
 
 def test_a_first_study_costs_what_it_costs_alone(ledger: Ledger) -> None:
@@ -133,7 +71,7 @@ def test_a_study_that_would_overrun_is_refused_before_its_first_round(ledger: Le
     tight = policy(COST - 1e-6)
     found = price(ledger, tight, study(), COHORT)
     assert not found.allowed
-    assert (found.code, found.overrun) == ("privacy.budget", 20)
+    assert (found.code, found.left_out, found.patients) == ("privacy.budget", 20, 0)
     head = ledger.head
     with refused("privacy.budget"):
         require_affordable(ledger, tight, study(), COHORT)
@@ -155,17 +93,55 @@ def test_budgets_hold_over_studies(ledger: Ledger) -> None:
         require_affordable(ledger, policy(both - 1e-6), study("second"), COHORT)
 
 
-def test_one_patient_with_a_past_decides_for_the_whole_cohort(ledger: Ledger) -> None:
+def test_a_patient_who_would_overrun_is_left_out_and_the_others_take_part(ledger: Ledger) -> None:
     veteran = COHORT[7]
     past = PrivacyEvent(0.1, 1.0, 200)
     charge(ledger, event=past, members=[veteran])
-    found = price(ledger, policy(100.0), study(), COHORT)
-    assert found.before == epsilon_of([past], DELTA)
-    assert found.after == epsilon_of([past, WHOLE], DELTA)
-    tight = price(ledger, policy(found.after - 0.01), study(), COHORT)
-    assert (tight.allowed, tight.overrun) == (False, 1)
-    without = [patient for patient in COHORT if patient != veteran]
-    assert price(ledger, policy(found.after - 0.01), study(), without).allowed
+    generous = price(ledger, policy(100.0), study(), COHORT)
+    assert generous.before == epsilon_of([past], DELTA)
+    assert generous.after == epsilon_of([past, WHOLE], DELTA)
+    assert (generous.patients, generous.left_out) == (20, 0)
+
+    rules = policy(generous.after - 0.01)
+    found = price(ledger, rules, study(), COHORT)
+    assert found.allowed
+    assert (found.patients, found.left_out) == (19, 1)
+    assert found.leaves_out == {veteran}
+    assert (found.before, found.after) == (0.0, COST)
+    assert "19 patients; 1 patient would overrun and is left out" in found.sentence()
+    # At a round nobody is left out any more: who was not left out at approval must afford it.
+    with refused("privacy.budget"):
+        require_affordable(ledger, rules, study(), COHORT)
+    require_affordable(ledger, rules, study(), [p for p in COHORT if p != veteran])
+
+
+def test_a_study_for_which_too_few_remain_is_refused(ledger: Ledger) -> None:
+    charge(ledger, event=PrivacyEvent(0.1, 1.0, 200), members=COHORT[:11])
+    found = price(ledger, policy(COST), study(), COHORT)
+    assert (found.allowed, found.code) == (False, "privacy.budget")
+    assert (found.patients, found.left_out) == (9, 11)
+    assert " 9 " not in found.reason and "11" not in found.reason
+    assert price(ledger, policy(COST, minimal_cohort=9), study(), COHORT).allowed
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    charged=st.lists(st.frozensets(st.integers(0, 11), min_size=1), max_size=3),
+    others=st.frozensets(st.integers(0, 11), min_size=1),
+)
+def test_being_left_out_depends_on_one_s_own_charges_alone(
+    charged: list[frozenset[int]], others: frozenset[int]
+) -> None:
+    people = patients(12)
+    with tempfile.TemporaryDirectory() as folder, open_ledger(Path(folder) / "l.db") as ledger:
+        for index, members in enumerate(charged):
+            charge(ledger, index, event=WHOLE, members=[people[i] for i in sorted(members)])
+        rules = policy(epsilon_of([WHOLE] * 2, DELTA), minimal_cohort=1)
+        everyone = price(ledger, rules, study(), people).leaves_out
+        expected = {p for i, p in enumerate(people) if sum(i in c for c in charged) > 1}
+        assert everyone == expected
+        some = [people[i] for i in sorted(others)]
+        assert price(ledger, rules, study(), some).leaves_out == everyone & set(some)
 
 
 def test_a_round_is_refused_when_another_study_spent_meanwhile(ledger: Ledger) -> None:
@@ -229,6 +205,19 @@ def test_exact_figures_leave_only_where_they_are_permitted(ledger: Ledger) -> No
     require_affordable(ledger, rules, asked, COHORT)
 
 
+def test_a_threat_model_that_is_not_permitted_is_refused(ledger: Ledger) -> None:
+    rules = policy(permitted_threat_models=[], permit_non_private=True)
+    with refused("privacy.threat-model-refused"):
+        require_affordable(ledger, rules, study(), COHORT)
+    require_affordable(ledger, rules, study(mode="none"), COHORT)  # it has no threat model
+
+
+def test_a_study_that_needs_too_few_sites_is_refused(ledger: Ledger) -> None:
+    require_affordable(ledger, policy(minimal_sites=2), study(), COHORT)
+    with refused("privacy.too-few-sites"):
+        require_affordable(ledger, policy(minimal_sites=3), study(), COHORT)
+
+
 @pytest.mark.parametrize("mode", ["none", "patient"])
 def test_a_small_cohort_is_refused_without_saying_how_small(ledger: Ledger, mode: str) -> None:
     rules = policy(permit_non_private=True, minimal_cohort=10)
@@ -262,6 +251,21 @@ def test_a_mechanism_other_than_the_study_s_is_not_charged(
     assert ledger.state.charges == {}
 
 
+def test_adaptive_clipping_may_charge_any_clip_norm_and_nothing_else(ledger: Ledger) -> None:
+    asked = study(clipping={"kind": "adaptive", "quantile": 0.5})
+    charge_round(ledger, policy(), asked, 0, COHORT, event=ROUND, clip_norm=0.37)
+    for clip_norm, event in ((0.0, ROUND), (0.37, PrivacyEvent(0.1, 1.0, 20))):
+        with refused("privacy.mechanism-differs"):
+            charge_round(ledger, policy(), asked, 1, COHORT, event=event, clip_norm=clip_norm)
+
+
+def test_a_charge_names_its_purpose_and_threat_model(ledger: Ledger) -> None:
+    run_round(ledger, policy(), 0, asked=study())
+    found = ledger.find_charge(study().digest, 0)
+    assert found is not None
+    assert (found.purpose, found.model) == ("training", "silo-local")
+
+
 def test_charging_records_the_policy_it_was_judged_by(ledger: Ledger) -> None:
     run_round(ledger, policy(), 0, asked=study())
     run_round(ledger, policy(), 1, asked=study())
@@ -271,71 +275,9 @@ def test_charging_records_the_policy_it_was_judged_by(ledger: Ledger) -> None:
     assert ledger.state.policy == policy(9.0).to_canonical()
 
 
-def test_the_table_shows_the_spread_over_patients_and_studies(ledger: Ledger) -> None:
-    run_round(ledger, policy(), 0, asked=study("first"))
-    run_round(ledger, policy(), 0, asked=study("second"), members=COHORT[:12])
-    table = budget_table(ledger, policy())
-    one, two = (epsilon_of([ROUND] * n, DELTA) for n in (1, 2))
-    assert (table.spend.least, table.spend.median, table.spend.most) == (one, two, two)
-    assert table.remaining == 10 - two
-    assert [s.patients for s in table.spend.studies] == [20, 12]
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> SiteHome:
-    home = SiteHome.create(tmp_path / "site")
-    write_default_policy(home)
-    return home
-
-
-@pytest.fixture
-def as_json() -> Iterator[None]:
-    MODE.json = True
-    yield
-    MODE.json = False
-
-
-def test_the_command_prints_for_people(home: SiteHome, capsys: pytest.CaptureFixture[str]) -> None:
-    budget_command(home.path, None)
-    assert "Nothing was charged yet" in capsys.readouterr().out
-    with Ledger.open(home.ledger, KEY, site="north") as ledger:
-        run_round(ledger, policy(), 0, asked=study())
-    budget_command(home.path, None)
-    said = capsys.readouterr().out
-    assert "20 patients" in said
-    assert "unit patient" in said
-    assert study().digest[:12] in said
-    budget_command(home.path, COHORT[0])
-    said = capsys.readouterr().out
-    assert f"{epsilon_of([ROUND], DELTA):.3f} of 10" in said
-    assert COHORT[0] not in said
-
-
-@pytest.mark.usefixtures("as_json")
-def test_the_command_prints_one_envelope(
-    home: SiteHome, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with Ledger.open(home.ledger, KEY, site="north") as ledger:
-        run_round(ledger, policy(), 0, asked=study())
-    budget_command(home.path, None)
-    data = json.loads(capsys.readouterr().out)["data"]
-    assert data["spend"]["epsilon"]["most"] == epsilon_of([ROUND], DELTA)
-    assert (data["spend"]["unit"], data["spend"]["adjacency"]) == ("patient", "add-or-remove-one")
-    budget_command(home.path, patients(1, start=500)[0])
-    data = json.loads(capsys.readouterr().out)["data"]
-    assert (data["spent"], data["remaining"], data["studies"]) == (0.0, 10.0, [])
-
-
-def test_the_command_needs_a_site_with_a_policy(tmp_path: Path) -> None:
-    with refused("state.no-site"):
-        budget_command(tmp_path / "missing", None)
-    with refused("privacy.no-policy"):
-        budget_command(tmp_path, None)
-
-
 def test_the_default_policy_is_the_cautious_one() -> None:
-    from consilium_client.policy import default_policy_text
-
     read = parse_policy(default_policy_text())
     assert read == Policy.model_validate({"schema": "consilium/policy/v1"})
     assert (read.permit_non_private, read.release_exact_metrics) == (False, False)
+    assert (read.minimal_sites, read.permitted_threat_models) == (2, ["silo-local"])
+    assert read.private_metrics_epsilon == 1.0

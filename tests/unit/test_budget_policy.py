@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 import pytest
@@ -25,41 +26,54 @@ DEFAULT = default_policy_text()
 @given(
     epsilon=st.floats(1e-3, 100),
     delta=st.floats(1e-12, 0.01),
+    period=st.none() | st.integers(1, 36500),
     cap=st.none() | st.floats(1e-9, 100),
+    models=st.sampled_from([[], ["silo-local"]]),
     non_private=st.booleans(),
     cohort=st.integers(1, 10**6),
-    metrics=st.booleans(),
+    sites=st.integers(1, 10_000),
+    exact=st.booleans(),
+    metrics=st.none() | st.floats(1e-9, 100),
 )
 def test_a_written_policy_reads_back_exactly(
     *,
     epsilon: float,
     delta: float,
+    period: int | None,
     cap: float | None,
+    models: list[str],
     non_private: bool,
     cohort: int,
-    metrics: bool,
+    sites: int,
+    exact: bool,
+    metrics: float | None,
 ) -> None:
-    text = default_policy_text(
-        epsilon=epsilon,
-        delta=delta,
-        per_study_epsilon=cap,
-        permit_non_private=non_private,
-        minimal_cohort=cohort,
-        release_exact_metrics=metrics,
-    )
-    assert parse_policy(text).to_canonical() == {
+    wanted = {
         "schema": "consilium/policy/v1",
-        "budget": {"epsilon": epsilon, "delta": delta},
+        "budget": {"epsilon": epsilon, "delta": delta, "period_days": period},
         "per_study_epsilon": cap,
+        "permitted_threat_models": models,
         "permit_non_private": non_private,
         "minimal_cohort": cohort,
-        "release_exact_metrics": metrics,
+        "minimal_sites": sites,
+        "release_exact_metrics": exact,
+        "private_metrics_epsilon": metrics,
     }
+    text = default_policy_text(Policy.model_validate(wanted))
+    assert parse_policy(text).to_canonical() == wanted
 
 
 def test_numbers_may_be_written_as_people_write_them() -> None:
     text = DEFAULT.replace("epsilon: 10.0", "epsilon: 8").replace("delta: 0.001", "delta: 1e-5")
-    assert parse_policy(text).budget.model_dump() == {"epsilon": 8.0, "delta": 1e-5}
+    budget = parse_policy(text).budget
+    assert (budget.epsilon, budget.delta, budget.period_days) == (8.0, 1e-5, None)
+
+
+def test_a_period_counts_back_from_now_in_the_ledger_s_own_form_of_time() -> None:
+    budget = parse_policy(DEFAULT.replace("period_days: null", "period_days: 365")).budget
+    now = dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)
+    assert budget.since(now) == "2025-03-01T12:00:00.000000Z"
+    assert parse_policy(DEFAULT).budget.since(now) is None
 
 
 def line_of(text: str, what: str) -> int:
@@ -83,9 +97,13 @@ def line_of(text: str, what: str) -> int:
         ("  epsilon: 10.0", "  epsilon: .nan", "  epsilon", "budget.epsilon", ""),
         ("  epsilon: 10.0", "  epsilon: true", "  epsilon", "budget.epsilon", ""),
         ("  delta: 0.001", "  delta: 0.5", "  delta", "less than or equal to 0.01", ""),
-        ("permit_non_private: false", "permit_non_private: maybe", "permit", "boolean", ""),
-        ("permit_non_private: false", "permit_non_private: 1", "permit", "boolean", ""),
+        ("permit_non_private: false", "permit_non_private: maybe", "permit_non", "boolean", ""),
+        ("permit_non_private: false", "permit_non_private: 1", "permit_non", "boolean", ""),
         ("minimal_cohort: 10", "minimal_cohort: 0", "minimal_cohort", "greater than", ""),
+        ("  period_days: null", "  period_days: 0", "  period_days", "greater than", ""),
+        ("minimal_sites: 2", "minimal_sites: none", "minimal_sites", "integer", ""),
+        ("[silo-local]", "[silo-lokal]", "permitted_threat", "silo-local", ""),
+        ("private_metrics_epsilon: 1.0", "private_metrics_epsilon: 0", "private_m", "greater", ""),
         ("consilium/policy/v1", "consilium/policy/v9", "schema", "schema", ""),
         ("permit_non_private: false", "schema: x", "schema: x", "twice", "line"),
         ("  delta: 0.001", "  epsilon: 0.001", "  epsilon: 0.001", "twice", "line"),

@@ -65,3 +65,16 @@ def test_a_damaged_checkpoint_is_an_error_and_not_a_new_beginning(tmp_path: Path
 def test_it_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, Checkpoint(1, WEIGHTS))
     assert (tmp_path / "checkpoint.safetensors").stat().st_mode & 0o077 == 0
+
+
+def test_the_running_average_rides_along_and_is_what_is_kept(tmp_path: Path) -> None:
+    average = {"a": WEIGHTS["a"] + 7}
+    save_checkpoint(tmp_path, Checkpoint(3, WEIGHTS, average))
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert (set(found.weights), set(found.average)) == ({"a", "b"}, {"a"})
+    # Training goes on from the model; what is evaluated and kept is the average, where there is
+    # one, and the frozen rest.
+    np.testing.assert_array_equal(found.weights["a"], WEIGHTS["a"])
+    np.testing.assert_array_equal(found.result["a"], average["a"])
+    np.testing.assert_array_equal(found.result["b"], WEIGHTS["b"])

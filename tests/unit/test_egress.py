@@ -5,23 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from flwr.app import RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from site_samples import NAME, JoinedSite, joined_site, plain_study, private_study
 
-from consilium_client import flower_private
 from consilium_client.egress import EgressGate, error_reason
-from consilium_client.flower_private import CRASHED_REASON, Push, read_push, read_push_object
+from consilium_client.flower_private import (
+    CRASHED_REASON,
+    Push,
+    object_ids,
+    read_push,
+    read_push_object,
+)
 from consilium_client.store import StudyStore
+from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
-from consilium_common.flower_bundle import bundle, bundle_hash
+from consilium_common.ledger.entries import Purpose
 from consilium_common.ledger.store import Ledger
 from consilium_common.privacy.accounting import parameters
 from consilium_common.study import Study
+from consilium_common.wire.messages import to_server
 
 CONTENT = b"an object of a reply"
 OBJECT = hashlib.sha256(CONTENT).hexdigest()
@@ -61,17 +67,28 @@ def approve(site: JoinedSite, study: Study, kind: str = "train") -> StudyStore:
     return store
 
 
-def charge(site: JoinedSite, study: Study, update_sha256: str | None) -> None:
+def evaluating_study() -> Study:
+    """Return a private study that releases noised figures."""
+    evaluation = {"release": "private", "epsilon": 0.5}
+    return Study.model_validate({**private_study().to_canonical(), "evaluation": evaluation})
+
+
+def charge(
+    site: JoinedSite, study: Study, update_sha256: str | None, purpose: Purpose = "training"
+) -> None:
     plan = parameters(study)
     assert plan is not None
+    event = plan.event_per_round if purpose == "training" else plan.evaluation_event
+    assert event is not None
     with Ledger.open(site.home.ledger, site.signer, site=NAME) as ledger:
         entry = ledger.charge(
             study=study.digest,
             round_index=0,
-            event=plan.event_per_round,
+            event=event,
             clip_norm=plan.clip_norm,
             delta=plan.delta,
             patients=PATIENTS,
+            purpose=purpose,
         )
         if update_sha256 is not None:
             ledger.release(entry, update_sha256)
@@ -108,21 +125,57 @@ def test_a_study_that_is_declined_meanwhile_sends_no_more(
     assert refused(gate.check_message, reply())
 
 
+def reply_of(site: JoinedSite, study: Study, kind: str, content: RecordDict) -> Push:
+    """Register a reply with this content as the executor does, and announce it."""
+    objects = [OBJECT, *object_ids(content)]
+    StudyStore(site.home).permit_outgoing(objects, study.digest, 0, kind)
+    return reply(*objects)
+
+
+def release(site: JoinedSite, study: Study, sha256: str, purpose: Purpose = "training") -> None:
+    with Ledger.open(site.home.ledger, site.signer, site=NAME) as ledger:
+        found = ledger.find_charge(study.digest, 0, purpose)
+        assert found is not None
+        ledger.release(found, sha256)
+
+
 def test_a_private_update_leaves_only_as_the_ledger_released_it(
     site: JoinedSite, gate: EgressGate
 ) -> None:
     study = private_study()
     store = approve(site, study)
-    assert refused(gate.check_message, reply())  # neither stored nor charged
+    update = reply_of(site, study, "train", to_server(b"noisy update", None))
+    assert refused(gate.check_message, update)  # neither stored nor charged
     kept = store.keep_update(study.digest, 0, b"noisy update", {})
-    assert refused(gate.check_message, reply())  # no ledger yet, or nothing charged in it
+    assert refused(gate.check_message, update)  # no ledger yet, or nothing charged in it
     charge(site, study, None)
-    assert refused(gate.check_message, reply())  # charged and not released
-    with Ledger.open(site.home.ledger, site.signer, site=NAME) as ledger:
-        found = ledger.find_charge(study.digest, 0)
-        assert found is not None
-        ledger.release(found, kept.sha256)
-    gate.check_message(reply())
+    assert refused(gate.check_message, update)  # charged and not released
+    release(site, study, kept.sha256)
+    gate.check_message(update)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        to_server(b"update without noise", None),
+        to_server(b"noisy update", {"loss": 0.25}),
+        to_server(None, {"loss": 0.25}),
+        to_server(None, None),
+    ],
+    ids=["another update", "a loss beside it", "a loss", "nothing"],
+)
+def test_a_private_reply_holds_the_released_update_and_nothing_else(
+    site: JoinedSite, gate: EgressGate, content: RecordDict
+) -> None:
+    study = private_study()
+    approve(site, study)
+    kept = StudyStore(site.home).keep_update(study.digest, 0, b"noisy update", {})
+    charge(site, study, kept.sha256)
+    gate.check_message(reply_of(site, study, "train", to_server(b"noisy update", None)))
+    assert refused(gate.check_message, reply_of(site, study, "train", content))
+    # Called an evaluation it leaves no more than called an update; an empty one says nothing.
+    if content:
+        assert refused(gate.check_message, reply_of(site, study, "evaluate", content))
 
 
 def test_a_private_update_other_than_the_released_one_is_refused(
@@ -132,7 +185,59 @@ def test_a_private_update_other_than_the_released_one_is_refused(
     store = approve(site, study)
     charge(site, study, hashlib.sha256(b"noisy update").hexdigest())
     store.keep_update(study.digest, 0, b"update without noise", {})
-    assert refused(gate.check_message, reply())
+    content = to_server(b"update without noise", None)
+    assert refused(gate.check_message, reply_of(site, study, "train", content))
+
+
+FIGURES = {"sum": 1.0625}
+
+
+@pytest.mark.parametrize("release_kind", ["none", "private"])
+def test_an_evaluation_without_figures_passes_in_a_private_study(
+    site: JoinedSite, gate: EgressGate, release_kind: str
+) -> None:
+    study = evaluating_study() if release_kind == "private" else private_study()
+    approve(site, study)
+    gate.check_message(reply_of(site, study, "evaluate", to_server(None, None)))
+    assert refused(gate.check_message, reply_of(site, study, "evaluate", to_server(None, FIGURES)))
+
+
+def test_noised_figures_leave_only_as_the_ledger_released_them(
+    site: JoinedSite, gate: EgressGate
+) -> None:
+    study = evaluating_study()
+    store = approve(site, study)
+    figures = reply_of(site, study, "evaluate", to_server(None, FIGURES))
+    assert refused(gate.check_message, figures)  # neither stored nor charged
+    kept = store.keep_update(
+        study.digest, 0, canonical_json(FIGURES), FIGURES, purpose="evaluation"
+    )
+    charge(site, study, None, "evaluation")
+    assert refused(gate.check_message, figures)  # charged and not released
+    release(site, study, kept.sha256, "evaluation")
+    gate.check_message(figures)
+    for other in (
+        {"sum": 1.0625000000000002},
+        {**FIGURES, "cases": 3.0},
+        {"total": 1.0625},
+        {"sum": 1},
+    ):
+        found = reply_of(site, study, "evaluate", to_server(None, other))
+        assert refused(gate.check_message, found), other
+    blob = reply_of(site, study, "evaluate", to_server(b"patient list", FIGURES))
+    assert refused(gate.check_message, blob)
+
+
+def test_figures_do_not_leave_under_the_charge_of_a_training(
+    site: JoinedSite, gate: EgressGate
+) -> None:
+    study = evaluating_study()
+    store = approve(site, study)
+    kept = store.keep_update(
+        study.digest, 0, canonical_json(FIGURES), FIGURES, purpose="evaluation"
+    )
+    charge(site, study, kept.sha256)
+    assert refused(gate.check_message, reply_of(site, study, "evaluate", to_server(None, FIGURES)))
 
 
 def test_an_error_reply_passes_with_a_code_and_our_fixed_words_alone(gate: EgressGate) -> None:
@@ -210,119 +315,3 @@ def test_an_announcement_of_no_or_several_messages_or_with_content_is_refused() 
         with pytest.raises(ConsiliumError) as caught:
             read_push(body.SerializeToString())
         assert caught.value.code == "privacy.egress"
-
-
-# --- a task, from its message to its reply -----------------------------------------------------
-
-
-class _NoHeart:
-    """Nobody listens here whom a heartbeat would reach."""
-
-    def __init__(self, _: object) -> None:
-        self.start = self.stop = lambda: None
-
-
-@pytest.fixture
-def task(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A task whose message and bundle are given, and whose reply is kept: Flower's ends alone."""
-    from flwr.app import Message
-    from flwr.supercore import heartbeat
-    from flwr.supercore.task_identity import TaskIdentity
-    from flwr.supernode.runtime import run_clientapp
-
-    from consilium_common.wire.messages import Instructions, to_site
-
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 3)
-    message = Message(
-        content=to_site(Instructions("d" * 64, 0, 5), b"w"), dst_node_id=3, message_type="train"
-    )
-    message.metadata.__dict__["_message_id"] = message.object_id
-    kept = SimpleNamespace(
-        message=message,
-        fab=SimpleNamespace(hash_str=bundle_hash(), content=bundle()),
-        replies=[],
-        permitted=[],
-        outcomes=[],
-    )
-    monkeypatch.setattr(heartbeat, "HeartbeatSender", _NoHeart)
-    monkeypatch.setattr(
-        run_clientapp, "pull_task_input", lambda _: (message, "context", "run", kept.fab)
-    )
-    monkeypatch.setattr(
-        run_clientapp, "push_message", lambda _, reply, __: kept.replies.append(reply)
-    )
-    monkeypatch.setattr(
-        run_clientapp, "push_task_output", lambda *arguments: kept.outcomes.append(arguments[2])
-    )
-    return kept
-
-
-def run(task: SimpleNamespace, app: Any) -> None:
-    def permit(_: object, reply: object, object_ids: list[str]) -> None:
-        assert task.replies == []  # before anything is pushed
-        task.permitted.append(object_ids)
-
-    flower_private.run_client_task(
-        "127.0.0.1:1",
-        "token",
-        app,
-        permit=permit,
-        public_reason=error_reason,
-        watch=lambda _: lambda: False,
-    )
-
-
-def answer(message: Any, _: object) -> Any:
-    from flwr.app import Message, RecordDict
-
-    return Message(content=RecordDict(), reply_to=message)
-
-
-def test_our_own_bundle_is_run(task: SimpleNamespace) -> None:
-    run(task, answer)
-    (reply,) = task.replies
-    assert not reply.has_error()
-    assert reply.object_id in task.permitted[0]
-    assert task.outcomes == ["completed"]
-
-
-@pytest.mark.parametrize("part", ["hash", "content", "both"])
-def test_a_foreign_bundle_is_answered_with_an_error_and_never_run(
-    task: SimpleNamespace, part: str
-) -> None:
-    foreign = bundle() + b"\0"
-    if part in ("hash", "both"):
-        task.fab.hash_str = hashlib.sha256(foreign).hexdigest()
-    if part in ("content", "both"):
-        task.fab.content = foreign
-
-    def app(_: object, __: object) -> None:
-        raise AssertionError("it was run")
-
-    run(task, app)
-    (reply,) = task.replies
-    assert reply.has_error()
-    assert json.loads(reply.error.reason)["code"] == "run.foreign-bundle"
-    assert task.permitted == [[reply.object_id]]
-    assert task.outcomes == ["completed"]  # the task is done: silence would stall the round
-
-
-def test_whatever_goes_wrong_in_a_task_is_a_reply_and_never_silence(
-    task: SimpleNamespace,
-) -> None:
-    for error, code in (
-        (ConsiliumError("privacy.budget", "patient Doe has nothing left"), "privacy.budget"),
-        (RuntimeError("patient Doe"), "internal.unexpected"),
-        (OSError(28, "No space left", "/images/Doe"), "internal.unexpected"),
-    ):
-        task.replies.clear()
-
-        def breaks(_: object, __: object, error: Exception = error) -> None:
-            raise error
-
-        run(task, breaks)
-        (reply,) = task.replies
-        assert json.loads(reply.error.reason)["code"] == code
-        assert "Doe" not in reply.error.reason
-        assert task.outcomes[-1] == "completed"

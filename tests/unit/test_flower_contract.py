@@ -95,6 +95,39 @@ def test_the_words_of_a_crashed_task_are_those_the_egress_gate_lets_out() -> Non
     assert CLIENT_APP_CRASHED_ERROR.reason == client_private.CRASHED_REASON
 
 
+def test_equal_records_have_equal_ids_and_a_messages_own_id_is_its_trees_root(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.app import Message
+    from flwr.supercore.inflatable.inflatable_object import get_object_tree
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from consilium_common.wire.messages import to_server
+
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 3)
+    ids = client_private.object_ids
+    for blob, figures in (
+        (None, None),
+        (b"w" * 10, None),
+        (None, {"sum": 0.1 + 0.2}),
+        (bytes(_chunk_size() + 1), {"loss": 1.0}),
+    ):
+        content = to_server(blob, figures)
+        assert ids(content) == ids(to_server(blob, figures))
+        message = Message(content=content, dst_node_id=1, message_type="train")
+        *inside, own = ids(message)
+        assert inside == ids(content)
+        assert own == message.object_id == get_object_tree(message).object_id
+    assert ids(to_server(None, {"sum": 1.0})) != ids(to_server(None, {"sum": 1.0 + 2**-52}))
+
+
+def _chunk_size() -> int:
+    from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+
+    return int(FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE)
+
+
 def test_a_chunk_of_flowers_fits_into_a_message() -> None:
     from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 

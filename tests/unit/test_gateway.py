@@ -30,7 +30,8 @@ from consilium_server.fleet import Arrivals, FleetForwarder
 from consilium_server.flower_private import public_key_header
 from consilium_server.gateway import Gateway
 from consilium_server.peers import Doorkeeper, Peer
-from consilium_server.registry import InvitationRow, Member, Registry, now
+from consilium_server.registry import Registry
+from consilium_server.tables import InvitationRow, Member, now
 
 NODE = 4711
 
@@ -176,7 +177,7 @@ def test_each_role_reaches_its_own_services_alone(house: House, role: Role) -> N
     house.run(scenario)
 
 
-@pytest.mark.parametrize("role", [Role.SERVER, Role.SIGNER, Role.AUDITOR])
+@pytest.mark.parametrize("role", [Role.SERVER, Role.SIGNER, Role.WITNESS, Role.AUDITOR])
 def test_certificates_of_other_roles_open_nothing(house: House, role: Role) -> None:
     credentials = member_credentials(house.authority, role, "north")
     status, code, _ = house.ask(credentials, SITE_HELLO)

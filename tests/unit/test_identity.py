@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import (
+    SIGNING_ROLES,
     Authority,
     certificate_pem,
     load_request,
@@ -67,7 +68,7 @@ def code_of(call: object, *arguments: object, **named: object) -> str:
 
 @pytest.mark.parametrize("role", [role for role in Role if role is not Role.AUTHORITY])
 def test_a_certificate_says_role_name_and_consortium(role: Role) -> None:
-    key = new_signing_key() if role is Role.SIGNER else KEY
+    key = new_signing_key() if role in SIGNING_ROLES else KEY
     certificate = AUTHORITY.issue(key.public_key(), role, "north-clinic")
     certified = check_issued(certificate, AUTHORITY.certificate)
     assert (certified.role, certified.name) == (role, "north-clinic")
@@ -92,6 +93,7 @@ def test_only_the_servers_certificate_can_serve(role: Role) -> None:
     usage = {
         Role.SERVER: [ExtendedKeyUsageOID.SERVER_AUTH],
         Role.SIGNER: None,
+        Role.WITNESS: None,
     }.get(role, [ExtendedKeyUsageOID.CLIENT_AUTH])
     if usage is None:
         with pytest.raises(x509.ExtensionNotFound):
@@ -160,7 +162,13 @@ def test_a_signing_request_is_certified_under_the_name_the_authority_decides() -
 
 def test_a_request_with_the_wrong_kind_of_key_is_refused() -> None:
     small = ec.generate_private_key(ec.SECP256R1())
-    for key, role in ((small, Role.SITE), (new_signing_key(), Role.SITE), (KEY, Role.SIGNER)):
+    signing = new_signing_key()
+    for key, role in (
+        (small, Role.SITE),
+        (signing, Role.SITE),
+        (KEY, Role.SIGNER),
+        (KEY, Role.WITNESS),
+    ):
         request = signing_request(key, "x")
         assert code_of(AUTHORITY.issue_from_request, request, role, "x") == "identity.weak-key"
 
@@ -270,7 +278,9 @@ def test_an_invitation_whose_parts_do_not_belong_together_is_refused(tmp_path: P
 def test_a_statement_is_taken_from_the_named_signer_alone() -> None:
     key = new_signing_key()
     signer = certificate_pem(AUTHORITY.issue(key.public_key(), Role.SIGNER, "north")).decode()
-    statement = approval_statement("d" * 64, "north", "approved", 20, "")
+    statement = approval_statement(
+        "d" * 64, "north", "approved", cohort_size=20, evaluation_size=5, why=""
+    )
     signature = sign(key, statement)
     check_signed(statement, signature, signer, AUTHORITY.certificate, name="north")
 
@@ -285,11 +295,24 @@ def test_a_statement_is_taken_from_the_named_signer_alone() -> None:
         return code_of(check_signed, **{**arguments, **changes})
 
     for changed in (
-        approval_statement("e" * 64, "north", "approved", 20, ""),
-        approval_statement("d" * 64, "north", "approved", 21, ""),
-        approval_statement("d" * 64, "south", "approved", 20, ""),
-        approval_statement("d" * 64, "north", "declined", 20, ""),
-        approval_statement("d" * 64, "north", "approved", 20, "x"),
+        approval_statement(
+            "e" * 64, "north", "approved", cohort_size=20, evaluation_size=5, why=""
+        ),
+        approval_statement(
+            "d" * 64, "north", "approved", cohort_size=21, evaluation_size=5, why=""
+        ),
+        approval_statement(
+            "d" * 64, "north", "approved", cohort_size=20, evaluation_size=6, why=""
+        ),
+        approval_statement(
+            "d" * 64, "south", "approved", cohort_size=20, evaluation_size=5, why=""
+        ),
+        approval_statement(
+            "d" * 64, "north", "declined", cohort_size=20, evaluation_size=5, why=""
+        ),
+        approval_statement(
+            "d" * 64, "north", "approved", cohort_size=20, evaluation_size=5, why="x"
+        ),
         proposal_statement("d" * 64, "north"),
     ):
         assert refused(statement=changed) == "identity.bad-signature"

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ledger_samples import (
     EVENT,
     KEY,
@@ -29,8 +27,6 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.state import LedgerState
 from consilium_common.ledger.store import Ledger
 from consilium_common.ledger.verify import verify_file
-from consilium_common.privacy.accounting import epsilon_of
-from consilium_common.privacy.events import PrivacyEvent, grouped
 
 PUBLIC = KEY.public_key()
 SAMPLES = Path(__file__).parent
@@ -424,77 +420,3 @@ def test_a_forked_child_must_open_its_own(path: Path) -> None:
             os._exit(0 if code == "internal.ledger-fork" else 1)
         assert os.waitpid(process, 0)[1] == 0
         charge(ledger)
-
-
-def test_patients_of_equal_history_are_counted_together(path: Path) -> None:
-    other = PrivacyEvent(0.2, 3.0, 20)
-    with open_ledger(path) as ledger:
-        for index in range(3):
-            charge(ledger, index, members=patients(10))
-        charge(ledger, 0, study=OTHER_STUDY, members=patients(4, start=8), event=other)
-        three = (PrivacyEvent(0.1, 2.0, 60),)
-        assert ledger.histories() == {
-            three: 8,
-            grouped([*three, other]): 2,
-            (other,): 2,
-        }
-        assert ledger.histories(patients(1) + patients(3, start=100)) == {three: 1, (): 3}
-        spent = ledger.spent(1e-3)
-        assert (spent.patients, spent.histories) == (12, 3)
-        assert spent.most == epsilon_of([*three, other], 1e-3)
-        assert spent.median == epsilon_of(three, 1e-3)
-        assert spent.least == min(epsilon_of([other], 1e-3), spent.median)
-        assert [(s.study, s.rounds, s.patients) for s in spent.studies] == [
-            (STUDY, 3, 10),
-            (OTHER_STUDY, 1, 4),
-        ]
-        assert spent.studies[1].epsilon == epsilon_of([other], 1e-3)
-
-
-charges_ = st.lists(
-    st.tuples(
-        st.sampled_from([STUDY, OTHER_STUDY]),
-        st.integers(0, 3),
-        st.sampled_from([1.0, 2.0]),
-        st.sets(st.integers(0, 5), min_size=1),
-        st.sampled_from(["open", "released", "voided"]),
-    ),
-    max_size=12,
-)
-
-
-@settings(max_examples=15, deadline=None)
-@given(charges_)
-def test_every_patient_s_history_is_what_a_simple_list_would_say(
-    tmp_path_factory: pytest.TempPathFactory,
-    charges: list[tuple[str, int, float, set[int], str]],
-) -> None:
-    names = patients(6)
-    said: dict[str, list[PrivacyEvent]] = {name: [] for name in names}
-    standing: set[tuple[str, int]] = set()
-    path = tmp_path_factory.mktemp("model") / "ledger.db"
-    with open_ledger(path) as ledger:
-        for study, index, sigma, members, fate in charges:
-            event = PrivacyEvent(0.1, sigma, 5)
-            chosen = [names[i] for i in members]
-            if (study, index) in standing:
-                with refused("privacy.already-charged"):
-                    charge(ledger, index, study=study, event=event, members=chosen)
-                continue
-            entry = charge(ledger, index, study=study, event=event, members=chosen)
-            if fate == "voided":
-                ledger.void(entry, "test")
-                continue
-            if fate == "released":
-                ledger.release(entry, "c" * 64)
-            standing.add((study, index))
-            for name in chosen:
-                said[name].append(event)
-        for name in names:
-            assert ledger.events_of(name) == grouped(said[name])
-        expected: dict[tuple[PrivacyEvent, ...], int] = {}
-        for events in said.values():
-            if events:
-                expected[grouped(events)] = expected.get(grouped(events), 0) + 1
-        assert ledger.histories() == expected
-    assert verify_file(path, PUBLIC).ok

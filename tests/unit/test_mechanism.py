@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,10 +120,12 @@ def test_steps_share_no_noise() -> None:
     assert (first == second).mean() < 0.01
 
 
-def test_gaussian_numbers_pass_a_test_of_their_distribution() -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gaussian_numbers_pass_a_test_of_their_distribution(threads: int) -> None:
     from scipy.stats import kstest
 
-    values = SystemEntropy().normal(200_000, 2.5)
+    values = SystemEntropy(threads).normal(200_000, 2.5)
+    assert len(np.unique(values)) == len(values)
     assert kstest(values / 2.5, "norm").pvalue > 1e-9
     assert np.abs(values / 2.5).max() > 3.5
 
@@ -161,6 +165,37 @@ def test_a_forked_process_draws_other_numbers_than_its_parent() -> None:
         theirs = np.frombuffer(stream.read(), dtype=np.float64)
     assert len(theirs) == 64
     assert not np.intersect1d(theirs, source.normal(64, 1.0)).size
+
+
+NUMBERS = """
+from consilium_client.training.entropy import SystemEntropy
+import numpy
+numpy.random.seed(1)
+print(*SystemEntropy().normal(32, 1.0).tolist())
+"""
+
+
+def test_a_restarted_process_draws_other_numbers() -> None:
+    runs = [
+        subprocess.run([sys.executable, "-c", NUMBERS], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    values = [value for run in runs for value in run.stdout.split()]
+    assert len(values) == len(set(values)) == 64
+
+
+def test_rounds_of_one_mechanism_share_neither_noise_nor_samples() -> None:
+    facts, engine = mechanism(steps=1, sampling_rate=0.5), rows(200)
+    released = []
+    for _ in range(4):
+        torch.manual_seed(1)
+        np.random.seed(1)
+        released.append(facts.begin().step(200, engine).numpy())
+    values = np.stack(released).astype(np.float64)
+    values -= values.mean(axis=1, keepdims=True)
+    correlation = np.corrcoef(values)[np.triu_indices(4, 1)]
+    assert np.abs(correlation).max() < 6 / np.sqrt(SIZE)
+    assert len({tuple(drawn) for drawn in engine.asked}) == 4
 
 
 # --- sampling ----------------------------------------------------------------------------------
@@ -250,10 +285,37 @@ def test_noise_that_is_not_what_was_asked_for_is_found_by_measuring(noise: float
         run_through(mechanism(), entropy=Scaled(noise=noise))
 
 
+class Patchy(SystemEntropy):
+    """Entropy that forgets the noise of a few values, as a forgotten tensor would."""
+
+    def normal(self, count: int, standard_deviation: float) -> NDArray[np.float64]:
+        noise = super().normal(count, standard_deviation)
+        noise[10:18] = 0.0
+        return noise
+
+
+def test_a_small_tensor_without_noise_is_found_among_many_that_have_it() -> None:
+    with pytest.raises(ConsiliumError, match=r"privacy\.truth.*no noise"):
+        run_through(mechanism(), entropy=Patchy())
+
+
 @pytest.mark.parametrize("uniforms", [0.0, 0.3, 5.0])
 def test_a_sampler_that_draws_at_another_rate_is_found_by_counting(uniforms: float) -> None:
     with pytest.raises(ConsiliumError, match=r"privacy\.truth.*rate"):
         run_through(mechanism(), entropy=Scaled(uniforms=uniforms))
+
+
+@pytest.mark.parametrize("rate", [0.2, 1.0])
+def test_the_mechanisms_dp_event_costs_what_its_ledger_event_costs(rate: float) -> None:
+    from dp_accounting.pld import PLDAccountant
+
+    from consilium_common.privacy.accounting import epsilon_of
+
+    facts = mechanism(sampling_rate=rate, steps=40)
+    accountant = PLDAccountant()
+    assert accountant.supports(facts.dp_event)
+    accountant.compose(facts.dp_event)
+    assert epsilon_of([facts.event], 1e-3) == pytest.approx(accountant.get_epsilon(1e-3), abs=0.02)
 
 
 @pytest.mark.parametrize(

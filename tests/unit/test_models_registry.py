@@ -15,17 +15,20 @@ from study_samples import study_of
 from torch import nn
 
 from consilium_common.errors import ConsiliumError
-from consilium_common.models import registry
+from consilium_common.models import networks, registry
+from consilium_common.models.networks import batch_norms
 from consilium_common.models.private import check_private
 from consilium_common.models.registry import (
     NETWORKS,
     build_network,
     initial_weights,
+    normalised_layers,
     parameter_count,
     tensor_specs,
+    trained_specs,
     validate_network,
 )
-from consilium_common.models.state import read_weights, specs_of, write_weights
+from consilium_common.models.state import read_trained, read_weights, specs_of, write_weights
 from consilium_common.models.weights import check_tensors
 from consilium_common.study.schema import Study
 
@@ -124,6 +127,68 @@ def test_weights_written_are_the_weights_read() -> None:
     assert all(np.array_equal(before[n], w) for n, w in read_weights(network).items())
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("dynunet", {"res_block": True}), ("segresnet", {}), ("resnet18", {}), ("resnet10", {})],
+)
+def test_own_blocks_compute_what_monais_do(name: str, options: dict[str, Any]) -> None:
+    study = small(name, 2, "group")
+    model = study.model.model_copy(update={"arguments": study.model.arguments | options})
+    network = build_network(study.model_copy(update={"model": model})).eval()
+    image = torch.randn(2, 1, *study.preprocessing.size or [])
+    own = network(image)
+    swapped = 0
+    for module in network.modules():
+        theirs = {ours: monais for monais, ours in networks._ADDING.items()}.get(type(module))
+        if theirs is not None:
+            module.__class__ = theirs
+            swapped += 1
+    assert swapped
+    assert torch.equal(own, network(image))
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_batch_norm_is_averaged_without_its_counter_and_refused_in_private(name: str) -> None:
+    study = small(name, 2, "batch")
+    network = build_network(study)
+    specs = trained_specs(study)
+    assert specs == tensor_specs(study) == specs_of(network)
+    statistics = [spec.name for spec in specs if spec.name.endswith("running_var")]
+    assert statistics
+    before = read_trained(network)[statistics[0]]
+    network(torch.randn(4, 1, *study.preprocessing.size or []))
+    assert not np.array_equal(before, read_trained(network)[statistics[0]])
+    write_weights(network, initial_weights(study))
+    assert np.array_equal(before, read_trained(network)[statistics[0]])
+    with pytest.raises(ConsiliumError, match=r"set model\.normalise: true"):
+        check_private(network)
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_normalise_makes_every_batch_norm_a_group_norm(name: str) -> None:
+    study = small(name, 2, "batch", inputs=2)
+    layers = batch_norms(build_network(study))
+    model = study.model.model_copy(update={"normalise": True})
+    study = study.model_copy(update={"model": model})
+    assert list(normalised_layers(study)) == layers != []
+    network = build_network(study)
+    check_private(network)
+    for path in layers:
+        norm = network.get_submodule(path)
+        assert isinstance(norm, nn.GroupNorm)
+        fitting = [g for g in range(1, 9) if norm.num_channels % g == 0]
+        assert norm.num_groups == max(fitting)
+    assert normalised_layers(small(name, 2, "group")) == ()
+
+
+def test_the_groups_given_bound_those_that_replace_batch_norm() -> None:
+    study = study_of("unet", {"channels": [12, 20, 7], "norm": "batch", "groups": 6})
+    model = study.model.model_copy(update={"normalise": True})
+    network = build_network(study.model_copy(update={"model": model}))
+    groups = [m.num_groups for m in network.modules() if isinstance(m, nn.GroupNorm)]
+    assert groups == [6, 5, 1, 6]
+
+
 def test_own_dynunet_computes_what_monais_does() -> None:
     from monai.networks.nets import DynUNet
 
@@ -143,6 +208,16 @@ def test_own_dynunet_computes_what_monais_does() -> None:
     assert not found.unexpected_keys
     image = torch.randn(1, 1, 32, 32)
     assert torch.equal(own(image), theirs(image))
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_a_trained_activation_has_one_name(name: str) -> None:
+    study = small(name, 2, "group")
+    arguments = study.model.arguments | {"act": "prelu"}
+    model = study.model.model_copy(update={"arguments": arguments})
+    network = build_network(study.model_copy(update={"model": model}))
+    assert any(isinstance(layer, nn.PReLU) for layer in network.modules())
+    check_private(network)
 
 
 def test_monais_resnet_keeps_no_batch_norm() -> None:
@@ -167,10 +242,9 @@ def test_unet_normalises_no_logits(units: int) -> None:
         (study_of("unet", kind="classification"), "take one of densenet121, resnet10, resnet18"),
         (study_of("resnet10"), "`resnet10` is for classification"),
         (study_of("unet", {"chanels": [8, 16]}), "did you mean `channels`?"),
-        (study_of("unet", {"norm": "batch"}), "batch norm mixes patients"),
-        (study_of("unet", {"norm": "Batch"}), "batch norm mixes patients"),
-        (study_of("unet", {"norm": "layer"}), "it can be group or instance"),
+        (study_of("unet", {"norm": "layer"}), "it can be group, instance or batch"),
         (study_of("unet", {"norm": "instance", "groups": 4}), "groups belongs to norm: group"),
+        (study_of("unet", {"norm": "batch", "groups": 4}), "with `model.normalise: true`"),
         (study_of("unet", {"channels": [8, 1024]}), "less than or equal to 512"),
         (study_of("unet", {"channels": [8] * 8}), "at most 7 items"),
         (study_of("unet", {"channels": [8, 16], "strides": [2, 2]}), "one less than channels"),
@@ -210,7 +284,7 @@ def test_images_of_unknown_size_are_refused() -> None:
 
 
 def test_all_mistakes_of_a_network_are_listed() -> None:
-    message = refused(study_of("unet", {"norm": "batch", "act": "sine", "bias": True}))
+    message = refused(study_of("unet", {"norm": "layer", "act": "sine", "bias": True}))
     assert len(message.splitlines()) == 4
 
 
@@ -248,7 +322,7 @@ def any_study(draw: Any) -> Study:
     """Draw a small study: any network, arguments that may or may not fit it."""
     name = draw(st.sampled_from(list(NETWORKS)))
     dimensions = draw(st.sampled_from([2, 2, 3]))
-    arguments: dict[str, Any] = {"norm": draw(st.sampled_from(["group", "instance"]))}
+    arguments: dict[str, Any] = {"norm": draw(st.sampled_from(["group", "instance", "batch"]))}
     if arguments["norm"] == "group":
         arguments["groups"] = draw(st.sampled_from([1, 2, 4]))
     levels = draw(st.integers(2, 4))
@@ -273,7 +347,9 @@ def any_study(draw: Any) -> Study:
     sizes = st.sampled_from([8, 12, 16, 24] if dimensions == 3 else [8, 16, 24, 48, 64])
     size = draw(st.lists(sizes, min_size=dimensions, max_size=dimensions))
     kind = NETWORKS[name].task
-    return study_of(name, arguments, kind=kind, dimensions=dimensions, size=size)
+    study = study_of(name, arguments, kind=kind, dimensions=dimensions, size=size)
+    model = study.model.model_copy(update={"normalise": draw(st.booleans())})
+    return study.model_copy(update={"model": model})
 
 
 @given(study=any_study())

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from site_samples import plain_study, private_study
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.study import Study
-from consilium_server.registry import (
+from consilium_server.registry import Registry
+from consilium_server.tables import (
+    APPEND_ONLY,
     ONLINE_SECONDS,
+    Alarm,
+    Approval,
     InvitationRow,
     Member,
-    Registry,
+    Received,
     Round,
     StudyRow,
+    Witnessed,
     now,
     seconds_since,
 )
@@ -93,6 +100,114 @@ def test_a_study_is_found_by_digest_its_beginning_or_its_name(registry: Registry
     assert code_of(registry.study, "elsewhere") == "study.unknown"
     assert code_of(registry.study, "") == "study.unknown"
     assert [row.digest for row in registry.studies()] == [first, second]
+
+
+def test_a_name_wins_over_the_beginning_of_another_study_s_digest(registry: Registry) -> None:
+    first = add_study(registry, plain_study())
+    named = Study.model_validate({**private_study().to_canonical(), "name": first[:8]})
+    second = add_study(registry, named)
+    assert registry.study(first[:8]).digest == second
+    assert registry.study(first).digest == first
+    assert registry.study(first[:9]).digest == first
+    # What stands for anything in a query's pattern stands for nothing here.
+    assert code_of(registry.study, "%") == "study.unknown"
+    assert code_of(registry.study, "_" * 64) == "study.unknown"
+
+
+def test_running_studies_are_named_without_the_others(registry: Registry) -> None:
+    first, second = add_study(registry, plain_study()), add_study(registry, private_study())
+    assert registry.running() == []
+    for digest in (first, second):
+        registry.set_study_state(digest, "running")
+    assert registry.running() == [first, second]
+    registry.set_study_state(first, "stopped")
+    assert registry.running() == [second]
+
+
+def received(**changes: object) -> Received:
+    values = {
+        "study": "s" * 64,
+        "site": "north",
+        "purpose": "training",
+        "round": 0,
+        "sha256": "a" * 64,
+        "bytes": 3,
+        "time": now(),
+    }
+    return Received(**{**values, **changes})
+
+
+def test_what_was_received_is_noted_once_and_another_answer_is_told(registry: Registry) -> None:
+    assert registry.note_received(received()) is False
+    assert registry.note_received(received()) is False
+    assert registry.note_received(received(purpose="evaluation", sha256="b" * 64)) is False
+    assert registry.note_received(received(round=1, sha256="b" * 64)) is False
+    assert registry.note_received(received(site="south", sha256="b" * 64)) is False
+    assert registry.note_received(received(sha256="b" * 64)) is True
+    found = [(r.purpose, r.round, r.sha256[0]) for r in registry.received("north")]
+    assert found == [
+        ("training", 0, "a"),
+        ("evaluation", 0, "b"),
+        ("training", 1, "b"),
+        ("training", 0, "b"),
+    ]
+
+
+def test_an_alarm_is_kept_once_however_often_it_is_raised(registry: Registry) -> None:
+    for _ in range(3):
+        registry.raise_alarm("north", "privacy.witness-conflict", "history was rewritten")
+    registry.raise_alarm("south", "privacy.witness-conflict", "history was rewritten")
+    assert [alarm.site for alarm in registry.alarms()] == ["north", "south"]
+
+
+@pytest.mark.parametrize("table", APPEND_ONLY)
+def test_what_bears_witness_cannot_be_changed_or_deleted(registry: Registry, table: str) -> None:
+    rows = {
+        "witnessed": Witnessed(site="n", ledger="k", sequence=0, hash="h", record={}),
+        "received": received(site="n"),
+        "alarms": Alarm(site="n", code="c", message="m", at=now()),
+    }
+    with registry.transaction() as session:
+        session.add(rows[table])
+    for statement in (f"UPDATE {table} SET site = 'x'", f"DELETE FROM {table}"):
+        with (
+            pytest.raises(IntegrityError, match="append-only"),
+            registry.transaction() as session,
+        ):
+            session.execute(text(statement))
+    with registry.transaction() as session:
+        assert session.execute(text(f"SELECT site FROM {table}")).scalars().all() == ["n"]
+
+
+def test_a_registry_of_an_earlier_release_gets_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "registry.db"
+    with sqlite3.connect(path) as old:
+        old.execute(
+            "CREATE TABLE approvals (digest VARCHAR(64) NOT NULL, site VARCHAR NOT NULL,"
+            " decision VARCHAR NOT NULL, why VARCHAR NOT NULL, cohort_size INTEGER NOT NULL,"
+            " signature VARCHAR NOT NULL, decided_at VARCHAR NOT NULL, PRIMARY KEY (digest, site))"
+        )
+        old.execute("INSERT INTO approvals VALUES ('d', 'north', 'approved', '', 20, 's', 't')")
+    old.close()
+    for _ in range(2):
+        registry = Registry(path)
+        (found,) = registry.approvals("d")
+        assert (found.cohort_size, found.evaluation_size) == (20, 0)
+    with registry.transaction() as session:
+        session.add(
+            Approval(
+                digest="d",
+                site="south",
+                decision="approved",
+                why="",
+                cohort_size=5,
+                evaluation_size=4,
+                signature="",
+                decided_at=now(),
+            )
+        )
+    assert [a.evaluation_size for a in registry.approvals("d")] == [0, 4]
+    assert registry.alarms() == []
 
 
 def test_a_transaction_that_fails_changes_nothing(registry: Registry) -> None:

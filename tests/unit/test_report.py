@@ -19,6 +19,7 @@ from consilium_common.report.content import (
     AttackerBound,
     Egress,
     LedgerOutcome,
+    NoisyScore,
     Picture,
     PlanSection,
     PrivacyReport,
@@ -273,6 +274,37 @@ def test_a_private_study_explains_why_there_are_no_losses() -> None:
     assert "0.700" in open_study.text
 
 
+def test_released_scores_are_shown_with_the_error_of_their_noise() -> None:
+    shown = [
+        {"rounds_done": 0, "score": 0.71, "standard_error": 0.052, "patients": 48},
+        {"rounds_done": 20, "score": 1.02, "standard_error": 0.052, "patients": 48},
+    ]
+    scores = tuple(NoisyScore.of({**row, "sites": dict.fromkeys(SITES)}) for row in shown)
+    private = full().privacy
+    assert private is not None
+    sites = tuple(
+        site.model_copy(update={"epsilon": site.epsilon.model_copy(update={"evaluation": 0.5})})
+        for site in full().sites
+        if site.epsilon is not None
+    )
+    report = full(
+        noisy_scores=scores,
+        sites=sites,
+        privacy=private.model_copy(update={"evaluations": 2, "evaluation_noise": 3.99}),
+    )
+    text = page(report).text
+    assert "starting model .71 ± .05 3 48" in text
+    assert "after round 20 1.02 ± .05 3 48" in text
+    assert "standard error of that noise" in text
+    assert "ε of tests" in text
+    assert "2 evaluations, each a Gaussian query of its own" in text
+    assert "noise of standard deviation 3.99" in text
+    assert "Threat model the aggregator and the other sites" in text
+    # In short, at the top: the last one.
+    assert text.index("1.02 ± .05 after round 20") < text.index("starting model")
+    assert "±" not in page(full()).text
+
+
 def test_many_rounds_are_folded_away() -> None:
     rounds = tuple(RoundReport(number=n, seconds=0.1, replied=("a",)) for n in range(1, 301))
     folded = [a for tag, a in page(full(rounds=rounds)).tags if tag == "details"]
@@ -348,6 +380,10 @@ def test_a_bound_in_percent_is_never_shown_smaller_than_it_is(value: float) -> N
         (wording.figure(0), "0.000"),
         (wording.figure(2.5e-7), "2.5e-07"),
         (wording.score(0.8765), "0.876"),
+        (wording.plus_minus(0.8249, 0.041), ".82 ± .04"),
+        (wording.plus_minus(-0.1, 0.3), "-.10 ± .30"),
+        (wording.plus_minus(0.999, 0.001), "1.00 ± .00"),
+        (wording.plus_minus(10.05, 20.0), "10.05 ± 20.00"),
         (wording.percent(0.074), "7.4 %"),
         (wording.percent(0.99996), "100.00 %"),
         (wording.percent(1), "100 %"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sqlite3
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from site_samples import plain_study, private_study
 
 from consilium_client.home import SiteHome
 from consilium_client.store import StudyStore, public_error
+from consilium_common.canonical import canonical_json, digest
 from consilium_common.errors import ConsiliumError
 
 STUDY = plain_study()
@@ -60,6 +63,104 @@ def test_an_update_reads_back_and_a_second_one_of_its_round_is_refused(home: Sit
     assert StudyStore(home).update(STUDY.digest, 0) == kept
     assert store.update(STUDY.digest, 1) is None
     assert code_of(store.keep_update, STUDY.digest, 0, b"other", {}) == "privacy.second-update"
+
+
+def test_an_evaluation_and_the_training_of_one_round_are_kept_apart(home: SiteHome) -> None:
+    store = StudyStore(home)
+    trained = store.keep_update(STUDY.digest, 1, b"update", {}, clip_norm=0.75)
+    figures = {"sum": 0.1 + 0.2}
+    told = canonical_json(figures)
+    evaluated = store.keep_update(STUDY.digest, 1, told, figures, purpose="evaluation")
+    again = StudyStore(home)
+    assert again.update(STUDY.digest, 1) == trained
+    assert again.update(STUDY.digest, 1, "evaluation") == evaluated
+    assert evaluated.sha256 == digest(figures)
+    assert again.update(STUDY.digest, 0, "evaluation") is None
+    with pytest.raises(ConsiliumError) as caught:
+        store.keep_update(STUDY.digest, 1, b"{}", {}, purpose="evaluation")
+    assert caught.value.code == "privacy.second-update"
+    listed = [(row["purpose"], row["round"], row["sha256"]) for row in store.updates("")]
+    assert listed == [("training", 1, trained.sha256), ("evaluation", 1, evaluated.sha256)]
+
+
+def test_the_clip_norm_that_the_last_round_left_is_found_again(home: SiteHome) -> None:
+    store = StudyStore(home)
+    assert store.clip_norm_after(STUDY.digest, 0) is None
+    store.keep_update(STUDY.digest, 0, b"a", {}, clip_norm=0.5)
+    store.keep_update(STUDY.digest, 3, b"b", {}, clip_norm=0.25)
+    store.keep_update(STUDY.digest, 4, b"c", {})
+    found = [StudyStore(home).clip_norm_after(STUDY.digest, n) for n in range(6)]
+    # Rounds that the site missed leave the norm of the round before them.
+    assert found == [None, 0.5, 0.5, 0.5, 0.25, 0.25]
+    assert store.clip_norm_after(private_study().digest, 4) is None
+
+
+def test_a_decision_remembers_who_is_left_out_and_how_many_are_evaluated(home: SiteHome) -> None:
+    patients = {"b" * 32, "a" * 32}
+    StudyStore(home).decide(STUDY, "approved", 20, "", evaluation_size=4, left_out=patients)
+    StudyStore(home).decide(private_study(), "declined", 0, "no")
+    found, declined = StudyStore(home).decisions()
+    assert found == StudyStore(home).approved(STUDY.digest)
+    assert (found.evaluation_size, found.left_out) == (4, patients)
+    assert (declined.evaluation_size, declined.left_out) == (0, frozenset())
+
+
+#: What the first release made, before evaluations were stored and patients left out.
+FIRST_SCHEMA = """
+CREATE TABLE decisions (
+    digest TEXT PRIMARY KEY, canonical TEXT NOT NULL, decision TEXT NOT NULL,
+    cohort_size INTEGER NOT NULL, why TEXT NOT NULL, decided_at TEXT NOT NULL
+);
+CREATE TABLE updates (
+    digest TEXT NOT NULL, round INTEGER NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL,
+    figures TEXT NOT NULL, stored_at TEXT NOT NULL, PRIMARY KEY (digest, round)
+);
+"""
+
+
+def test_the_record_of_an_earlier_release_is_taken_over(home: SiteHome) -> None:
+    blob = b"an update of an earlier release"
+    sha256 = hashlib.sha256(blob).hexdigest()
+    with sqlite3.connect(home.studies) as connection:
+        connection.executescript(FIRST_SCHEMA)
+        connection.execute(
+            "INSERT INTO decisions VALUES (?,?,?,?,?,?)",
+            (STUDY.digest, json.dumps(STUDY.to_canonical()), "approved", 20, "", "2026-01-01"),
+        )
+        connection.execute(
+            "INSERT INTO updates VALUES (?,?,?,?,?,?)",
+            (STUDY.digest, 1, sha256, len(blob), "{}", "2026-01-01"),
+        )
+    connection.close()
+    (home.releases / f"{STUDY.digest[:16]}-00001.safetensors").write_bytes(blob)
+    for _ in range(2):
+        store = StudyStore(home)
+        assert store.approved(STUDY.digest).cohort_size == 20
+        found = store.update(STUDY.digest, 1)
+        assert found is not None
+        assert (found.sha256, found.blob, found.clip_norm) == (sha256, blob, None)
+        assert code_of(store.keep_update, STUDY.digest, 1, b"other", {}) == "privacy.second-update"
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(
+    home: SiteHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StudyStore(home)
+    kept = store.keep_update(STUDY.digest, 0, b"update", {})
+    connect = sqlite3.connect
+
+    def full(*arguments: object, **options: object) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*arguments, **options)  # type: ignore[call-overload]
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+    figures = {f"figure {n}": 0.5 for n in range(2000)}
+    assert code_of(store.keep_update, STUDY.digest, 1, b"next", figures) == "state.store"
+    monkeypatch.undo()
+    assert store.update(STUDY.digest, 0) == kept
+    assert store.update(STUDY.digest, 1) is None
 
 
 def test_a_refused_second_update_leaves_the_first_one_readable(home: SiteHome) -> None:

@@ -12,8 +12,10 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.models.registry import initial_weights
 from consilium_common.models.weights import pack
 from consilium_common.study.check import check
+from consilium_common.study.comparison import compare
 from consilium_common.study.load import parse_study
-from consilium_common.study.plan import compare, cost, describe, size_in_words
+from consilium_common.study.plan import cost, describe
+from consilium_common.study.words import size_in_words
 
 pytest.importorskip("consilium_common.privacy.accounting")
 
@@ -22,6 +24,10 @@ def saved(folder: Path, text: str) -> Path:
     path = folder / "s.yaml"
     path.write_text(text)
     return path
+
+
+def line_of(text: str, part: str) -> int:
+    return next(number for number, line in enumerate(text.splitlines(), 1) if part in line)
 
 
 def test_the_price_is_that_of_what_is_really_sent_and_spent() -> None:
@@ -33,7 +39,8 @@ def test_the_price_is_that_of_what_is_really_sent_and_spent() -> None:
     weights = initial_weights(study)
     assert price.bytes_per_round == len(pack(weights))
     assert price.tensors == len(weights)
-    assert price.parameters == sum(w.size for w in weights.values())
+    assert price.parameters == price.trained == sum(w.size for w in weights.values())
+    assert price.evaluation_epsilon is None
     assert price.epsilon == epsilon_of([PrivacyEvent(0.25, 1.5, 20)], 1e-3)
     assert price.epsilon_per_round == epsilon_of([PrivacyEvent(0.25, 1.5, 5)], 1e-3)
 
@@ -53,6 +60,11 @@ def test_a_private_plan_states_unit_adjacency_threat_model_and_mechanism() -> No
         "up to 100 patients",
         "Nothing else: no image, no label",
         "4 rounds of 5 steps",
+        "Clipping: flat;",
+        "Gradient engine: chosen at each site",
+        "The starting model first, before the first private step",
+        "The figures stay at the site.",
+        "All of them are trained.",
         "to 2 classes (background, organ)",
         f"{price.parameters:,} parameters",
         size_in_words(price.bytes_per_round),
@@ -84,7 +96,9 @@ def test_a_title_cannot_forge_a_line_of_the_plan() -> None:
 def test_released_figures_are_named() -> None:
     text = TEXT[: TEXT.index("privacy:")] + "privacy: {mode: none}\nevaluation: {release: exact}\n"
     said = "\n".join(describe(parse_study(text, "x")))
-    assert "Exact evaluation figures (Dice per class), after the last" in said
+    assert "Exact evaluation figures (Dice per class)" in said
+    assert "After round 20." in said
+    assert "starting model" not in said
     assert "no metric" not in said
 
 
@@ -116,10 +130,10 @@ def test_a_network_that_does_not_fit_is_said_by_line(tmp_path: Path) -> None:
         check(saved(tmp_path, text))
     assert caught.value.code == "study.network"
     assert caught.value.where.endswith("s.yaml:17")
-    text = text.replace("    channels:", "    norm: batch\n    chanels:")
+    text = text.replace("    channels:", "    norm: batches\n    chanels:")
     with pytest.raises(ConsiliumError) as caught:
         check(saved(tmp_path, text))
-    assert "line 12: `model.arguments.norm`: batch norm mixes" in caught.value.message
+    assert 'line 12: `model.arguments.norm` is "batches"; it can be group' in caught.value.message
     assert "line 13: `chanels` is not a key of model.arguments" in caught.value.message
 
 
@@ -136,6 +150,126 @@ def test_a_price_that_cannot_be_computed_is_said_by_line(tmp_path: Path) -> None
         check(saved(tmp_path, large))
     assert caught.value.code == "study.network"
     assert caught.value.where.endswith("s.yaml:11")
+
+
+RICH = (
+    TEXT.replace("    channels:", "    norm: batch\n    channels:")
+    .replace(
+        "training:\n",
+        "  normalise: true\n  trainable: adapters\n  adapter_rank: 2\n"
+        f"  start: {{sha256: {'ab' * 32}, data: 'A public set, CC BY 4.0'}}\n"
+        "training:\n  augmentation: {copies: 3, flip: 0.5}\n",
+    )
+    .replace("delta:", "engine: vmap\n  clipping: {kind: adaptive}\n  delta:")
+    .replace("rounds: 4", "rounds: 4\n  averaging: 0.9")
+    + "evaluation: {release: private, epsilon: 1, every: 2, sufficient: 0.8}\n"
+)
+
+
+def test_what_is_trained_released_and_paid_is_said_one_by_one(tmp_path: Path) -> None:
+    from consilium_common.privacy.accounting import epsilon_of
+
+    result = check(saved(tmp_path, RICH), patients=30)
+    price, said = result.cost, "\n".join(result.lines)
+    assert price.privacy is not None
+    assert price.privacy.evaluation_event is not None
+    assert price.trained < price.parameters / 2
+    assert price.evaluation_epsilon == epsilon_of([price.privacy.evaluation_event] * 3, 1e-3)
+    assert price.evaluation_epsilon <= 1
+    for part in (
+        "4 batch norms become group norm.",
+        f"Trained: {price.trained:,} of {price.parameters:,} values (adapters of rank 2",
+        "trained on: A public set, CC BY 4.0",
+        "3 times for each image",
+        "Gradient engine: vmap",
+        "running average of the global models (decay 0.9)",
+        "After rounds 2, 4.",
+        f"deviation {price.privacy.evaluation_noise / 2:.6g}",  # type: ignore[operator]
+        "scores 0.8 or more ends the study",
+        f"Each round one update: {price.tensors} tensors",
+        "the noised sum of the scored patients' scores",
+        f"Evaluation: ε = {price.evaluation_epsilon:.3f}",
+        "over 3 released evaluations",
+        "Clipping: adaptive;",
+        "With 30 patients and",
+    ):
+        assert part in said
+    data = json.loads(json.dumps(result.data, allow_nan=False))
+    assert data["trained"] == price.trained
+    assert data["normalised"] == list(price.normalised)
+    assert data["start"]["data"] == "A public set, CC BY 4.0"
+    assert data["evaluation"]["after_rounds"] == [0, 2, 4]
+    assert data["privacy"]["clipping"]["kind"] == "adaptive"
+    assert data["privacy"]["engine"] == "vmap"
+    assert data["privacy"]["evaluation_epsilon"] == price.evaluation_epsilon
+    assert data["noise"]["patients"] == 30
+    assert data["noise"]["verdict"] == "drowned"
+    assert "noise" not in check(saved(tmp_path, TEXT)).data
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "line", "part"),
+    [
+        (("normalise: true", "normalise: false"), "privacy.network", "norm: batch", "BatchNorm3d"),
+        (("adapters", "[model.*, x]"), "study.trainable", "trainable:", "trainable[1]"),
+        (("vmap", "opacos"), "study.invalid", "engine:", "loop, vmap or opacus"),
+        (("adaptive", "adaptiv"), "study.invalid", "clipping:", "`privacy.clipping.kind`"),
+        (("{kind: adaptive}", "{}"), "study.invalid", "clipping:", "clipping.kind` is missing"),
+        (("adapters", "adapter"), "study.invalid", "trainable:", "did you mean adapters"),
+        (("adapters", "[]"), "study.invalid", "trainable:", "at least 1 item"),
+        (("adapters", "[3]"), "study.invalid", "trainable:", "`model.trainable[0]` is 3"),
+    ],
+)
+def test_what_cannot_be_proven_is_refused_by_line_before_any_site_is_asked(
+    tmp_path: Path, change: tuple[str, str], code: str, line: str, part: str
+) -> None:
+    text = RICH.replace(*change)
+    with pytest.raises(ConsiliumError) as caught:
+        check(saved(tmp_path, text))
+    assert caught.value.code == code
+    assert caught.value.where.endswith(f"s.yaml:{line_of(text, line)}")
+    assert part in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_count_as_dear_as_the_whole_study_is_refused_once_the_noise_is_known(
+    tmp_path: Path,
+) -> None:
+    text = RICH.replace("noise_multiplier: 1.5", "epsilon: 0.5").replace(
+        "kind: adaptive", "kind: adaptive, count_noise: 1"
+    )
+    with pytest.raises(ConsiliumError, match=r"privacy\.clipping") as caught:
+        check(saved(tmp_path, text))
+    assert caught.value.where.endswith(f"s.yaml:{line_of(text, 'clipping:')}")
+    assert "Set count_noise above" in caught.value.hint
+
+
+def test_what_cannot_fit_together_is_refused_with_the_fix(tmp_path: Path) -> None:
+    text = TEXT.replace("steps_per_round: 5", "steps_per_round: 5\n  patches_per_patient: 1")
+    with pytest.raises(ConsiliumError, match="to 2 or more") as caught:
+        check(saved(tmp_path, text))
+    assert caught.value.code == "study.patches"
+    assert caught.value.where.endswith("s.yaml:17")
+    bare = text[: text.index("privacy:")] + "privacy: {mode: none}\n"
+    check(saved(tmp_path, bare))  # without privacy one patch is as good as any
+    large = TEXT.replace("model:\n", "preprocessing: {size: [16, 12, 16]}\nmodel:\n")
+    with pytest.raises(ConsiliumError, match=r"take at most \[16, 12, 16\]"):
+        check(saved(tmp_path, large))
+    copies = TEXT.replace("training:\n", "training:\n  augmentation: {copies: 4}\n")
+    with pytest.raises(ConsiliumError, match="are one image; turn on a change"):
+        check(saved(tmp_path, copies))
+    flat = TEXT.replace("dimensions: 3", "dimensions: 2").replace("[16, 16, 16]", "[16, 16]")
+    with pytest.raises(ConsiliumError, match="leave it out of a 2D study"):
+        check(saved(tmp_path, flat + "preprocessing: {orientation: LPS}\n"))
+    check(saved(tmp_path, flat + "preprocessing: {orientation: none}\n"))
+
+
+def test_batch_norm_in_a_study_without_privacy_is_allowed_and_named(tmp_path: Path) -> None:
+    text = TEXT[: TEXT.index("privacy:")] + "privacy: {mode: none}\n"
+    text = text.replace("    channels:", "    norm: batch\n    channels:")
+    result = check(saved(tmp_path, text))
+    assert any("running means and variances" in line for line in result.lines)
+    assert result.cost.normalised == ()
 
 
 def test_versions_are_compared_by_key_path() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,9 @@ from consilium_client.training.evaluation import (
     area_under_curve,
     evaluate_classification,
     evaluate_segmentation,
+    patient_scores,
 )
+from consilium_common.errors import ConsiliumError
 
 CLASSES = ("background", "organ", "tumour")
 
@@ -133,3 +138,70 @@ def test_plain_values_name_cases_only_when_asked() -> None:
     assert "case-7" not in json.dumps(evaluation.to_dict())
     assert "case-7" in json.dumps(evaluation.to_dict(rows=True))
     assert evaluation.to_dict()["dice"]["organ"]["mean"] == 1.0
+
+
+# --- one score a patient -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """A patient by the names of their cases."""
+
+    names: tuple[str, ...]
+
+    @property
+    def cases(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(case_id=name) for name in self.names]
+
+
+def test_a_patients_score_is_the_mean_dice_of_all_their_cases_and_classes() -> None:
+    evaluation = evaluate_segmentation(
+        "test",
+        CLASSES,
+        [
+            ("a1", label(0, 1, 2, 2), label(0, 1, 2, 2)),  # 1 and 1
+            ("a2", label(0, 0, 0, 2), label(0, 1, 0, 2)),  # 0 and 1
+            ("b1", label(0, 1, 2, 0), label(0, 1, 0, 0)),  # 1; no tumour there
+            ("c1", label(0, 1, 0, 0), label(0, 0, 0, 0)),  # nothing there to score
+        ],
+    )
+    patients = [Record(("a1", "a2")), Record(("b1",)), Record(("c1",))]
+    assert patient_scores(evaluation, patients) == [0.75, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_patients_score_is_the_share_of_right_decisions(multi_label: bool) -> None:
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
+    truth = np.array([[True, False], [True, False], [False, True]])
+    evaluation = evaluate_classification(
+        "test", ("left", "right"), ["a1", "a2", "b1"], probabilities, truth, multi_label=multi_label
+    )
+    assert patient_scores(evaluation, [Record(("a1", "a2")), Record(("b1",))]) == [0.5, 0.0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_scores_lie_between_0_and_1_and_one_patients_score_is_theirs_alone(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cases = [
+        (f"c{n}", rng.integers(0, 3, 12).astype("u1"), rng.integers(0, 3, 12).astype("u1"))
+        for n in range(5)
+    ]
+    patients = [Record(("c0", "c1")), Record(("c2",)), Record(("c3", "c4"))]
+    scores = patient_scores(evaluate_segmentation("test", CLASSES, cases), patients)
+    assert all(0 <= score <= 1 for score in scores)
+    alone = patient_scores(evaluate_segmentation("test", CLASSES, cases[2:3]), patients[1:2])
+    assert alone == [scores[1]]
+
+
+@pytest.mark.parametrize(
+    "names", [[("a",)], [("a",), ("b",), ("c",)], [("b",), ("a",)], [("a", "b", "c")]]
+)
+def test_scores_of_other_patients_than_those_named_are_refused(
+    names: list[tuple[str, ...]],
+) -> None:
+    same = label(0, 1, 2)
+    evaluation = evaluate_segmentation("test", CLASSES, [("a", same, same), ("b", same, same)])
+    with pytest.raises(ConsiliumError) as caught:
+        patient_scores(evaluation, [Record(found) for found in names])
+    assert caught.value.code == "privacy.truth"

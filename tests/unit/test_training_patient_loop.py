@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from training_samples import PRIVATE, segmentation_patient, segmentation_study
 
 from consilium_client.training.compute import choose_compute
+from consilium_client.training.engines.loop import PatientLoop
 from consilium_client.training.learner import Learner
 from consilium_client.training.losses import build_loss
 from consilium_client.training.mechanism import clipped_sum
 from consilium_client.training.patches import PatchSource
-from consilium_client.training.patient_loop import PatientLoop
 from consilium_common.models.registry import build_network
 
 

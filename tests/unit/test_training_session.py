@@ -160,7 +160,7 @@ def change_of(kind: str, weights: Weights) -> Weights:
 def test_a_model_that_is_not_this_studys_is_refused(kind: str) -> None:
     study = segmentation_study()
     session = TrainingSession(study, segmentation_cohort(), device="cpu")
-    with pytest.raises(ConsiliumError, match=r"run\.bad-weights"):
+    with pytest.raises(ConsiliumError, match=r"run\.bad-update"):
         session.train(change_of(kind, initial_weights(study)), 0, 6)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -122,6 +122,18 @@ class Cohort:
     def patients(self, split: Split) -> tuple[Patient, ...]:
         """Return the patients of a split, ordered by keyed hash."""
         return self._patients[split]
+
+    def without(self, keys: Collection[str]) -> Cohort:
+        """Return the cohort without the patients of these keyed hashes, whatever their split."""
+        return Cohort(
+            self.site,
+            {
+                split: tuple(patient for patient in patients if patient.key not in keys)
+                for split, patients in self._patients.items()
+            },
+            classes=self.classes,
+            left_out=self.left_out,
+        )
 
 
 def open_cohort(

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from consilium_client.training.cases import Array, Split
+from consilium_client.training.cases import Array, PatientRecord, Split
+from consilium_common.errors import ConsiliumError
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,64 @@ def evaluate_classification(
         for index, name in enumerate(classes)
     )
     return Evaluation(split, tuple(rows), auc=figures)
+
+
+def exact_figures(evaluation: Evaluation) -> dict[str, float]:
+    """Return sums and counts per class: what aggregates rightly over sites, unlike means."""
+    figures: dict[str, float] = {"cases": float(len(evaluation.rows))}
+    for dice in evaluation.dice:
+        figures[f"dice.{dice.name}.total"] = float(dice.total)
+        figures[f"dice.{dice.name}.count"] = float(dice.count)
+    if evaluation.auc:
+        figures["correct"] = float(sum(row.correct for row in evaluation.rows))
+        figures["decisions"] = float(sum(row.decisions for row in evaluation.rows))
+    return figures
+
+
+def patient_scores(evaluation: Evaluation, patients: Sequence[PatientRecord]) -> list[float]:
+    """Return one score for each patient, from 0 (worst) to 1, over all of that patient's cases.
+
+    Segmentation: the mean Dice over the patient's cases and foreground classes. As in the figures
+    above, a class that a case's reference lacks is left out. Classification: the share of right
+    decisions. A patient with nothing to score gets 1/2, the value that adds nothing to the sum of
+    :mod:`consilium_client.score_query`. A score depends on that patient's own cases alone.
+
+    Parameters
+    ----------
+    patients : sequence of PatientRecord
+        The patients that were evaluated, in the order of the evaluation's rows.
+
+    Raises
+    ------
+    ConsiliumError
+        ``privacy.truth`` when the rows are not those of exactly these patients.
+    """
+    rows = iter(evaluation.rows)
+    scores = []
+    for patient in patients:
+        own = [next(rows, None) for _ in patient.cases]
+        if [row and row.case_id for row in own] != [case.case_id for case in patient.cases]:
+            raise _other_patients()
+        scores.append(_score([row for row in own if row is not None]))
+    if next(rows, None) is not None:
+        raise _other_patients()
+    return scores
+
+
+def _score(rows: Sequence[CaseRow]) -> float:
+    decisions = sum(row.decisions for row in rows)
+    if decisions:
+        return sum(row.correct for row in rows) / decisions
+    dice = [value for row in rows for value in row.values.values() if value is not None]
+    return sum(dice) / len(dice) if dice else 0.5
+
+
+def _other_patients() -> ConsiliumError:
+    return ConsiliumError(
+        "privacy.truth",
+        "Other patients were evaluated than were charged; the figures are withheld.",
+        hint="The charge stands, nothing has left. Report this as a fault of the program.",
+    )
 
 
 def area_under_curve(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> float | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 
 from consilium_client.training.cases import Array
 from consilium_client.training.compute import Compute
+from consilium_client.training.engines.base import PatientTask
 from consilium_client.training.losses import one_hot
 from consilium_client.training.patches import PatchSource
-from consilium_common.errors import ConsiliumError
 from consilium_common.study import Study
 
 #: Told (step, steps) after each step. Public: neither number depends on patients.
@@ -30,54 +31,33 @@ class Learner:
     loss: Callable[[Any, Any], Any]
     source: PatchSource
 
-    def batch_loss(self, images: NDArray[np.float32], targets: Array) -> Any:
-        """Return the mean loss of a batch, with its graph."""
+    def place(self, images: NDArray[np.float32], targets: Array) -> tuple[Any, Any]:
+        """Return images and one-hot targets as tensors on the device."""
         import torch
 
         inputs = self.compute.place(torch.from_numpy(images))
-        wanted = one_hot(self.study, torch.from_numpy(targets).to(self.compute.device))
+        return inputs, one_hot(self.study, torch.from_numpy(targets).to(self.compute.device))
+
+    def loss_of(self, forward: Callable[[Any], Any], inputs: Any, wanted: Any) -> Any:
+        """Return the mean loss of a batch under ``forward``, with its graph."""
         with self.compute.autocast():
-            logits = self.network(inputs)
+            logits = forward(inputs)
         # Softmax, Dice sums and logarithms in full precision.
         return self.loss(logits.float(), wanted)
 
+    def batch_loss(self, images: NDArray[np.float32], targets: Array) -> Any:
+        """Return the mean loss of a batch, with its graph."""
+        return self.loss_of(self.network, *self.place(images, targets))
 
-def load_weights(network: Any, weights: Mapping[str, NDArray[np.float32]]) -> None:
-    """Copy ``weights`` into ``network``; names and shapes must be exactly its own.
+    def draw_patient(self, patient: int) -> tuple[Any, Any]:
+        """Draw the patches of one patient for one step, as :meth:`place` returns them."""
+        # A generator of its own for each patient and step: which patches one patient gives can
+        # then never depend on who else is present.
+        rng = np.random.default_rng(int.from_bytes(os.urandom(16), "little"))
+        count = self.study.training.patches_per_patient
+        return self.place(*self.source.patient_batch(patient, count, rng))
 
-    Raises
-    ------
-    ConsiliumError
-        ``run.bad-weights`` naming the tensor that is missing, unknown or of another shape.
-    """
-    import torch
-
-    state = network.state_dict()
-    for name in sorted(state.keys() ^ weights.keys()):
-        _bad_weights(f"The tensor {name} is {'missing' if name in state else 'unknown'}")
-    with torch.no_grad():
-        for name, tensor in state.items():
-            value = np.asarray(weights[name])
-            if value.shape != tuple(tensor.shape) or value.dtype != np.float32:
-                _bad_weights(
-                    f"The tensor {name} is {value.dtype} of shape {value.shape} and should be "
-                    f"float32 of shape {tuple(tensor.shape)}"
-                )
-            # A copy: tensors from the wire may be read-only, which torch does not know.
-            tensor.copy_(torch.from_numpy(np.array(value)))
-
-
-def read_weights(network: Any) -> dict[str, NDArray[np.float32]]:
-    """Return a copy of the network's state, float32, by name."""
-    return {
-        name: np.array(tensor.detach().to("cpu").float().contiguous().numpy())
-        for name, tensor in network.state_dict().items()
-    }
-
-
-def _bad_weights(what: str) -> None:
-    raise ConsiliumError(
-        "run.bad-weights",
-        f"{what}.",
-        hint="Aggregator and site must run the same release of consilium.",
-    )
+    @property
+    def patient_task(self) -> PatientTask:
+        """What a gradient engine works on."""
+        return PatientTask(self.network, self.draw_patient, self.loss_of)

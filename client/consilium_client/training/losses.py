@@ -26,7 +26,10 @@ def one_hot(study: Study, targets: Any) -> Any:
 def build_loss(study: Study) -> Callable[[Any, Any], Any]:
     """Return the study's loss of (logits, one-hot targets): the mean over the batch.
 
-    Every loss is a mean of per-image terms, so it does not couple patients.
+    Every loss is a mean of terms of one image each: Dice is formed per image and class and then
+    averaged (MONAI's ``batch=False``), the others average over images of one size. So no loss
+    couples patients, and a patient's gradient is the mean of its images' gradients, on which the
+    engines that compute per image rely.
     """
     import torch
     from monai.losses import DiceCELoss, FocalLoss

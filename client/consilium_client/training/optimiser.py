@@ -20,6 +20,12 @@ def build_optimiser(settings: Optimiser, parameters: Iterable[Any]) -> Any:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
+    if settings.name == "adamw-bc":
+        from consilium_client.training.corrected_adam import CorrectedAdamW
+
+        return CorrectedAdamW(
+            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
     return torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )

@@ -94,15 +94,15 @@ class PatchSource:
     def batch(
         self, cases: Sequence[TrainingCase], rng: np.random.Generator
     ) -> tuple[NDArray[np.float32], Array]:
-        """Draw one patch from each of ``cases``.
+        """Draw one patch from each of ``cases``, changed in ``augmentation.copies`` ways.
 
         Returns
         -------
-        images : float32, (len(cases), channels, \\*patch)
-        targets : uint8 class indices (len(cases), \\*patch) for segmentation; int64 (len(cases),)
-            or float32 (len(cases), classes) for classification
+        images : float32, (len(cases) · copies, channels, \\*patch)
+        targets : as many; uint8 class indices (\\*patch) for segmentation; int64 or float32
+            (classes,) for classification
         """
-        drawn = [self._draw(case, rng) for case in cases]
+        drawn = [changed for case in cases for changed in self._draw(case, rng)]
         return (
             np.stack([image for image, _ in drawn]),
             np.stack([target for _, target in drawn]),
@@ -111,7 +111,7 @@ class PatchSource:
     def patient_batch(
         self, patient: int, count: int, rng: np.random.Generator
     ) -> tuple[NDArray[np.float32], Array]:
-        """Draw ``count`` patches of one patient, spread over the patient's cases."""
+        """Draw ``count`` patches of one patient, spread over the patient's cases; as `batch`."""
         cases = self.patients[patient]
         # Whole passes over the cases, then a random rest: no case is drawn twice before another
         # has been drawn once.
@@ -122,19 +122,17 @@ class PatchSource:
 
     def _draw(
         self, case: TrainingCase, rng: np.random.Generator
-    ) -> tuple[NDArray[np.float32], Array]:
+    ) -> list[tuple[NDArray[np.float32], Array]]:
+        """Draw one patch, or the whole image, and change each of its copies at random."""
         settings = self._study.training.augmentation
-        if not self._segmentation:
-            image, _ = augment(case.image, None, settings, rng)
-            return image, case.label
-        image, label = case.image, case.label
-        if self._patch is not None:
+        image = case.image
+        label = case.label if self._segmentation else None
+        if label is not None and self._patch is not None:
             start = self._start(case, self._patch, rng)
             image = _cut(image, start, self._patch)
             label = _cut(label[np.newaxis], start, self._patch)[0]
-        image, moved = augment(image, label, settings, rng)
-        assert moved is not None
-        return image, moved
+        changed = (augment(image, label, settings, rng) for _ in range(settings.copies))
+        return [(new, case.label if moved is None else moved) for new, moved in changed]
 
     def _start(
         self, case: TrainingCase, patch: tuple[int, ...], rng: np.random.Generator

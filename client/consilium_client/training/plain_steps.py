@@ -27,7 +27,8 @@ def run_plain(learner: Learner, round_index: int, progress: Progress | None) -> 
     training = learner.study.training
     rng = np.random.default_rng([training.seed, round_index])
     torch.manual_seed(int(rng.integers(2**63)))  # dropout
-    optimiser = build_optimiser(training.optimiser, learner.network.parameters())
+    trained = [p for p in learner.network.parameters() if p.requires_grad]
+    optimiser = build_optimiser(training.optimiser, trained)
     batches = _batches(learner.source.cases, training.batch_size, rng)
     first, total = round_index * training.steps_per_round, learner.study.total_steps
     losses = []

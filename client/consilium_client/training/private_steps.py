@@ -6,63 +6,58 @@ function of noisy gradients and of the global model alone.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 
+from consilium_client.training.engines.base import trained_parameters
+from consilium_client.training.engines.choice import Choice, build_engine
 from consilium_client.training.learner import Learner, Progress
 from consilium_client.training.mechanism import Mechanism, require_truth
 from consilium_client.training.optimiser import build_optimiser, learning_rate
-from consilium_client.training.patient_loop import PatientLoop
-from consilium_common.privacy.events import PrivacyEvent, PrivacyParameters
+from consilium_common.privacy.events import PrivacyEvent
 
 
 def run_private(
     learner: Learner,
-    parameters: PrivacyParameters,
-    cohort_size: int,
+    mechanism: Mechanism,
+    choice: Choice,
     round_index: int,
     progress: Progress | None,
-) -> tuple[float, PrivacyEvent]:
+) -> tuple[float, PrivacyEvent, float]:
     """Train one round in place.
 
     Returns
     -------
-    tuple of float and PrivacyEvent
-        The mean loss of the patients drawn (nan when none was), for local use only; and the event
-        that was really realised, equal to the one that the study claims.
+    tuple of float, PrivacyEvent and float
+        The mean loss of the patients drawn (nan when none was), for local use only; the event that
+        was really realised, equal to the one that the mechanism claims; and the clip norm that the
+        next round begins with.
 
     Raises
     ------
     ConsiliumError
-        ``privacy.truth`` when what was done is not what the study says.
+        ``privacy.truth`` when what was done is not what the mechanism says.
     """
     training = learner.study.training
-    trained = [p for p in learner.network.parameters() if p.requires_grad]
+    trained = trained_parameters(learner.network)
     optimiser = build_optimiser(training.optimiser, trained)
-    engine = PatientLoop(learner.network, lambda patient: _patient_loss(learner, patient))
-    run = Mechanism.for_round(parameters, cohort_size).begin()
+    engine = build_engine(choice.name, learner.patient_task, expected=mechanism.denominator)
+    run = mechanism.begin()
     first, total = round_index * training.steps_per_round, learner.study.total_steps
     learner.network.train()
     for step in range(training.steps_per_round):
+        _set_gradients(trained, run.step(len(learner.source.patients), engine))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(training.optimiser, first + step, total)
-        _set_gradients(trained, run.step(len(learner.source.patients), engine))
+            group["noise_deviation"] = run.noise_deviation
         optimiser.step()
         if progress is not None:
             progress(step + 1, training.steps_per_round)
-    realised = require_truth(parameters.event_per_round, run.realised())
+    realised = require_truth(mechanism.event, run.realised())
     finite = [loss for loss in engine.losses if np.isfinite(loss)]
-    return (float(np.mean(finite)) if finite else float("nan")), realised
-
-
-def _patient_loss(learner: Learner, patient: int) -> Any:
-    # A generator of its own for each patient and step: which patches one patient gives can then
-    # never depend on who else is present.
-    rng = np.random.default_rng(int.from_bytes(os.urandom(16), "little"))
-    count = learner.study.training.patches_per_patient
-    return learner.batch_loss(*learner.source.patient_batch(patient, count, rng))
+    mean = float(np.mean(finite)) if finite else float("nan")
+    return mean, realised, run.clip_norm
 
 
 def _set_gradients(parameters: list[Any], flat: Any) -> None:

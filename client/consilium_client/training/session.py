@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -20,8 +21,11 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.study import Study
 
 if TYPE_CHECKING:
+    from consilium_client.training.engines.choice import Choice
     from consilium_client.training.learner import Learner
     from consilium_common.privacy.events import PrivacyEvent
+
+_log = logging.getLogger(__name__)
 
 #: Images in one forward pass when classifying.
 _IMAGES: Final = 32
@@ -31,13 +35,17 @@ _IMAGES: Final = 32
 class TrainResult:
     """What one round of local training gives."""
 
-    #: The new state, float32, by name: the whole of it, ready to be checked and sent.
+    #: What was trained, float32, by name: ready to be checked and sent. Frozen tensors are left
+    #: out: every site has them.
     tensors: dict[str, NDArray[np.float32]]
     #: Mean training loss. LOCAL ONLY: it depends on patients and is not protected; nan when a
     #: private round drew nobody.
     loss: float = field(repr=False)
     #: The privacy event of the steps really made, measured; None without privacy.
     realised: PrivacyEvent | None
+    #: The clip norm that this site's next round begins with (adaptive clipping moves it); None
+    #: without privacy. Local: it need not leave.
+    clip_norm: float | None = None
 
 
 class TrainingSession:
@@ -60,9 +68,10 @@ class TrainingSession:
     ------
     ConsiliumError
         ``state.device`` or ``state.precision`` when the machine lacks what was asked;
-        ``privacy.network`` when the network cannot be trained privately; ``study.patches`` and the
-        errors of :class:`~consilium_client.training.patches.PatchSource`, at the first round, when
-        study and data do not fit.
+        ``privacy.network`` when the network cannot be trained privately; ``privacy.engine`` when
+        the engine that the study names cannot compute it; ``study.patches`` and the errors of
+        :class:`~consilium_client.training.patches.PatchSource`, at the first round, when study and
+        data do not fit.
     """
 
     def __init__(
@@ -76,19 +85,24 @@ class TrainingSession:
     ) -> None:
         import torch
 
+        from consilium_client.training.engines.choice import choose_engine
         from consilium_common.models.private import check_private
         from consilium_common.models.registry import build_network
         from consilium_common.privacy.accounting import parameters
 
         torch.set_num_threads(threads)
+        self._threads = threads
         self.study = study
         self.compute: Compute = choose_compute(study, device, precision)
         self._cohort = cohort
         self._privacy = parameters(study)
         network = build_network(study)
+        self._engine: Choice | None = None
         if self._privacy is not None:
             check_private(network)
             _check_patches(study)
+            self._engine = choose_engine(study, network, precision=self.compute.precision)
+            _log.info("gradient engine: %s (%s)", self._engine.name, self._engine.why)
         self._network = self.compute.place(network)
         self._learner: Learner | None = None
 
@@ -98,13 +112,14 @@ class TrainingSession:
         round_index: int,
         cohort_size: int,
         progress: Callable[[int, int], None] | None = None,
+        clip_norm: float | None = None,
     ) -> TrainResult:
         """Train one round from the global model.
 
         Parameters
         ----------
         weights : mapping of str to float32 arrays
-            The global model: exactly the network's tensors.
+            The global model: exactly the network's tensors, frozen ones too.
         round_index : int
             From 0; decides the learning rate and, without privacy, the order of cases.
         cohort_size : int
@@ -112,15 +127,17 @@ class TrainingSession:
             of the noisy gradients; it need not be the true number.
         progress : callable or None
             Told (step, steps) after each step.
+        clip_norm : float or None
+            What this site's round before returned, for adaptive clipping; None begins anew.
 
         Raises
         ------
         ConsiliumError
-            ``run.bad-weights`` for a model that is not this study's; ``run.round`` for a round
+            ``run.bad-update`` for a model that is not this study's; ``run.round`` for a round
             that the study does not have; ``run.diverged`` for a loss that is not finite (without
             privacy); ``privacy.truth`` when the mechanism that ran is not the one charged.
         """
-        from consilium_client.training.learner import load_weights, read_weights
+        from consilium_common.models.state import read_trained, write_weights
 
         rounds = self.study.federation.rounds
         if not 0 <= round_index < rounds:
@@ -129,18 +146,27 @@ class TrainingSession:
                 f"Round {round_index + 1} was asked for; the study has {rounds}.",
                 hint="Check that aggregator and site hold the same version of the study.",
             )
-        load_weights(self._network, weights)
+        write_weights(self._network, weights)
         learner = self._ready()
-        realised = None
-        if self._privacy is None:
+        if self._privacy is None or self._engine is None:
             from consilium_client.training.plain_steps import run_plain
 
             loss = run_plain(learner, round_index, progress)
-        else:
-            from consilium_client.training.private_steps import run_private
+            return TrainResult(read_trained(self._network), loss, None)
+        from consilium_client.training.mechanism import Mechanism
+        from consilium_client.training.private_steps import run_private
 
-            loss, realised = run_private(learner, self._privacy, cohort_size, round_index, progress)
-        return TrainResult(read_weights(self._network), loss, realised)
+        privacy = self.study.privacy
+        assert privacy.mode == "patient"
+        mechanism = Mechanism.for_round(
+            self._privacy,
+            cohort_size,
+            clipping=privacy.clipping,
+            clip_norm=clip_norm,
+            threads=self._threads,
+        )
+        loss, realised, clip = run_private(learner, mechanism, self._engine, round_index, progress)
+        return TrainResult(read_trained(self._network), loss, realised, clip)
 
     def evaluate(self, weights: Mapping[str, NDArray[np.float32]], split: Split) -> Evaluation:
         """Evaluate a model on one split. The figures are exact and so stay at the site.
@@ -148,11 +174,11 @@ class TrainingSession:
         Raises
         ------
         ConsiliumError
-            ``run.bad-weights`` for a model that is not this study's.
+            ``run.bad-update`` for a model that is not this study's.
         """
-        from consilium_client.training.learner import load_weights
+        from consilium_common.models.state import write_weights
 
-        load_weights(self._network, weights)
+        write_weights(self._network, weights)
         cases = [case for patient in self._cohort.patients(split) for case in patient.cases]
         classes = self.study.task.classes
         if self.study.task.kind == "segmentation":
@@ -186,12 +212,12 @@ class TrainingSession:
         Raises
         ------
         ConsiliumError
-            ``run.bad-weights`` for a model that is not this study's.
+            ``run.bad-update`` for a model that is not this study's.
         """
         from consilium_client.training.inference import segment
-        from consilium_client.training.learner import load_weights
+        from consilium_common.models.state import write_weights
 
-        load_weights(self._network, weights)
+        write_weights(self._network, weights)
         if self.study.task.kind == "segmentation":
             return segment(self.study, self._network, self.compute, case.image())
         return np.asarray(self._classified([case])[0])

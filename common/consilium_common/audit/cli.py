@@ -2,39 +2,100 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from consilium_common.console import command, note, result
 from consilium_common.errors import ConsiliumError
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from rich.console import Console
 
+    from consilium_common.audit.evidence import Evidence
+
+#: Tools that live on a side and are found by name: listed without importing them.
+TOOLS: Final = {
+    "attack": "Attack the training code as installed here, and say what ε that refutes.",
+}
+
+
+class _WithTools(TyperGroup):
+    """Lists the tools of the entry-point group ``consilium.audit``; imports one when it is run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *(name for name in TOOLS if _tool(name))]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in TOOLS:
+            return super().get_command(ctx, cmd_name)
+        found = _tool(cmd_name)
+        if found is None:
+            return None
+        if ctx.resilient_parsing or ctx.params.get("_listing"):
+            return click.Command(cmd_name, help=TOOLS[cmd_name])
+        alone = typer.Typer(add_completion=False)
+        alone.command(cmd_name)(command(found.load()))
+        return typer.main.get_command(alone)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # Click asks every command for its short help: those of the tools stand in the table.
+        ctx.params["_listing"] = True
+        super().format_help(ctx, formatter)
+
+
 app = typer.Typer(
+    cls=_WithTools,
     no_args_is_help=True,
     add_completion=False,
     help="Verify ledgers and privacy, offline.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+WitnessOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="WITNESS.pem",
+        help="The aggregator's witness key or certificate (default: the folder's own).",
+    ),
+]
+AuthorityOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="AUTHORITY.pem",
+        help="The consortium's authority, known to you: evidence of any other is refused.",
+    ),
+]
+DeltaOption = Annotated[
+    float | None,
+    typer.Option(help="δ for the worst patient (default: that of the site's policy)."),
+]
+
 
 @app.command()
 @command
 def verify(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="ledger.db or exported .jsonl.")
-    ],
-    key: Annotated[
         list[Path],
-        typer.Option(
-            metavar="PUBLIC.pem",
-            help="The site's public ledger key. Once for all files, or once per file in order.",
+        typer.Argument(
+            metavar="FILE...", help="Evidence folder, exported .jsonl, or a site's ledger.db."
         ),
     ],
+    *,
+    key: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PUBLIC.pem",
+            help="The site's public ledger key. Once for all, or once per file in order; an "
+            "evidence folder brings its own, and must agree with the one given.",
+        ),
+    ] = None,
+    witness: WitnessOption = None,
+    authority: AuthorityOption = None,
     head: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,16 +103,14 @@ def verify(
             help="A head noted earlier, once per file in order: finds entries cut off at the end.",
         ),
     ] = None,
-    delta: Annotated[
-        float | None,
-        typer.Option(help="δ for the worst patient (default: that of the site's policy)."),
-    ] = None,
+    delta: DeltaOption = None,
 ) -> None:
-    """Verify every link and signature, and recompute ε by PLD, PRV and RDP."""
+    """Verify every link, signature and witness, and recompute ε by PLD, PRV and RDP."""
+    from consilium_common.audit.evidence import open_evidence
     from consilium_common.audit.ledger_report import ledger_report
     from consilium_common.ledger.entries import Head
 
-    keys = [_public_key(path) for path in key]
+    keys: list[Path | None] = [*key] if key else [None]
     if len(keys) == 1:
         keys = keys * len(files)
     if len(keys) != len(files):
@@ -68,13 +127,15 @@ def verify(
             hint="Give one --head per file in the same order, or none.",
         )
     expected: list[Head | None] = list(heads) if heads else [None] * len(files)
+    evidence = [
+        open_evidence(path, key=one, witness=witness, authority=authority)
+        for path, one in zip(files, keys, strict=True)
+    ]
     reports = []
     broken: list[ConsiliumError] = []
-    for path, public_key, expected_head in zip(files, keys, expected, strict=True):
+    for one, expected_head in zip(evidence, expected, strict=True):
         try:
-            reports.append(
-                ledger_report(path, public_key, expected_head=expected_head, delta=delta)
-            )
+            reports.append(ledger_report(one, expected_head=expected_head, delta=delta))
         except ConsiliumError as error:
             broken.append(error)
     if broken:
@@ -90,6 +151,169 @@ def verify(
             report.print_to(console)
 
     result({"ledgers": [report.to_dict() for report in reports]}, people)
+
+
+@app.command()
+@command
+def report(
+    evidence: Annotated[
+        Path,
+        typer.Argument(
+            metavar="EVIDENCE", help="Evidence folder, exported .jsonl, or a site's ledger.db."
+        ),
+    ],
+    *,
+    out: Annotated[Path, typer.Option(metavar="REPORT.html", help="The file to write.")],
+    key: Annotated[
+        Path | None,
+        typer.Option(metavar="PUBLIC.pem", help="The site's public ledger key, known to you."),
+    ] = None,
+    witness: WitnessOption = None,
+    authority: AuthorityOption = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(metavar="RECORDS.json", help="The aggregator's records of this site."),
+    ] = None,
+    study: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="STUDY", help="A study's document, for its name; repeatable."),
+    ] = None,
+    delta: DeltaOption = None,
+    json_out: Annotated[
+        Path | None, typer.Option(metavar="REPORT.json", help="Write the same as JSON, too.")
+    ] = None,
+) -> None:
+    """Write one HTML file with everything that can be recomputed about a site's privacy."""
+    from consilium_common.audit.documents import read_records
+    from consilium_common.audit.evidence import open_evidence
+    from consilium_common.audit.privacy_report import audit_report, write_report
+
+    opened = open_evidence(
+        evidence, key=key, witness=witness, authority=authority, studies=study or ()
+    )
+    said = None if records is None else read_records(records, trusted=authority)
+    found = audit_report(opened, records=said, delta=delta)
+    write_report(found, out, json_out)
+    result(found.to_dict(), found.summary(out))
+
+
+@app.command()
+@command
+def plan(
+    *,
+    patients: Annotated[
+        list[int], typer.Option(metavar="N", help="Patients a site trains on; repeat to compare.")
+    ],
+    study: Annotated[
+        Path | None, typer.Option(metavar="STUDY.yaml", help="Plan this study as it is written.")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Target ε of the whole training.")] = None,
+    delta: Annotated[float | None, typer.Option(help="δ (default: 1/(10 N)).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Local steps over all rounds.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds that the steps are cut into.")] = 20,
+    rate: Annotated[
+        float | None, typer.Option(help="Sampling rate q: chance of a patient in a step.")
+    ] = None,
+    per_step: Annotated[
+        int | None, typer.Option(help="Instead of --rate: patients in a step, on average.")
+    ] = None,
+    clip: Annotated[float, typer.Option(help="Clip norm C of one patient's gradient.")] = 1.0,
+    values: Annotated[
+        int | None, typer.Option(help="Trained values of the network, for noise against signal.")
+    ] = None,
+    sites: Annotated[int, typer.Option(help="Sites of that size whose updates are averaged.")] = 1,
+    budget: Annotated[float, typer.Option(help="ε that one patient may ever spend.")] = 10.0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png|svg", help="Draw it as well.")
+    ] = None,
+) -> None:
+    """Say before anybody spends budget: σ, ε, rounds left, and whether noise drowns the signal."""
+    from consilium_common.audit.planning import check_plot, draw, plan_for, plan_study
+
+    if plot is not None:
+        check_plot(plot)  # before minutes of computing
+    if study is not None:
+        if (epsilon, delta, steps, rate, per_step, values) != (None,) * 6:
+            raise ConsiliumError(
+                "usage.plan",
+                "A study says its own ε, δ, steps, rate and values.",
+                where=str(study),
+                hint="Leave those options out, or leave out --study.",
+            )
+        from consilium_common.models.registry import trained_count
+        from consilium_common.study.load import load_study
+
+        read = load_study(study)
+        found = plan_study(read, patients, values=trained_count(read), budget=budget, sites=sites)
+    else:
+        if epsilon is None or steps is None:
+            raise ConsiliumError(
+                "usage.plan",
+                "A plan needs --epsilon and --steps, or a --study.",
+                hint="For example: consilium audit plan --patients 50 --patients 500 "
+                "--epsilon 3 --steps 160 --per-step 10",
+            )
+        found = plan_for(
+            patients,
+            epsilon=epsilon,
+            delta=delta,
+            steps=steps,
+            rounds=rounds,
+            rate=rate,
+            per_step=per_step,
+            clip_norm=clip,
+            values=values,
+            budget=budget,
+            sites=sites,
+        )
+    if plot is not None:
+        draw(found, plot)
+    result(found.to_dict(), found.print_to)
+
+
+@app.command()
+@command
+def compare(
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="Evidence folder, exported .jsonl or ledger.db.")
+    ],
+    b: Annotated[
+        Path, typer.Argument(metavar="B", help="The same, or the aggregator's records (.json).")
+    ],
+    key: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PUBLIC.pem",
+            help="The site's public ledger key: once for both, or once for A and once for B.",
+        ),
+    ] = None,
+    witness: WitnessOption = None,
+    authority: AuthorityOption = None,
+) -> None:
+    """Compare two ledgers of a site, or a ledger with the aggregator's records; 6 if they differ.
+
+    Like `diff`: each difference is a line on stdout. Those marked ! never come from honest records.
+    """
+    from consilium_common.audit.compare import compare_ledgers, compare_records
+    from consilium_common.audit.documents import read_records
+    from consilium_common.audit.evidence import open_evidence
+
+    keys: list[Path | None] = [*key] if key else [None]
+    if len(keys) > 2:
+        raise ConsiliumError("usage.keys", f"There are two ledgers and {len(keys)} keys.")
+
+    def opened(path: Path, which: Path | None) -> Evidence:
+        return open_evidence(path, key=which, witness=witness, authority=authority)
+
+    if b.suffix == ".json":
+        found = compare_records(opened(a, keys[0]), read_records(b, trusted=authority))
+    elif a.suffix == ".json":
+        found = compare_records(opened(b, keys[0]), read_records(a, trusted=authority))
+    else:
+        found = compare_ledgers(opened(a, keys[0]), opened(b, keys[-1]))
+    result(found.to_dict(), found.print_to)
+    if not found.same:
+        raise typer.Exit(6)
 
 
 @app.command()
@@ -123,27 +347,5 @@ def export(
     )
 
 
-def _public_key(path: Path) -> Ed25519PublicKey:
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    try:
-        found = load_pem_public_key(path.read_bytes())
-    except OSError as error:
-        raise ConsiliumError(
-            "identity.no-key",
-            f"Cannot read the public key: {error.strerror or error}.",
-            where=str(path),
-            hint="Ask the site for its public ledger key.",
-        ) from error
-    except (ValueError, UnsupportedAlgorithm):
-        found = None
-    if not isinstance(found, Ed25519PublicKey):
-        raise ConsiliumError(
-            "identity.bad-key",
-            "The file does not hold an Ed25519 public key in PEM.",
-            where=str(path),
-            hint="Ask the site for its public ledger key, the one it published when it joined.",
-        )
-    return found
+def _tool(name: str) -> EntryPoint | None:
+    return next(iter(entry_points(group="consilium.audit", name=name)), None)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from consilium_common.audit.evidence import Evidence, check_site
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.keys import public_fingerprint
-from consilium_common.ledger.entries import Head
+from consilium_common.ledger.database import connect_reader, read_export
+from consilium_common.ledger.entries import Entry, Head
 from consilium_common.ledger.spend import worst
 from consilium_common.ledger.state import LedgerState
-from consilium_common.ledger.verify import VerifyResult, verify_file
+from consilium_common.ledger.verify import VerifyResult, jsonl_lines, verify_lines
+from consilium_common.ledger.witness import WitnessRecord, is_witness_line
 from consilium_common.privacy.accounting import CrossCheck, cross_check
 from consilium_common.privacy.events import ADJACENCY, UNIT
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from rich.console import Console
 
 
@@ -26,6 +29,7 @@ class StudyCost:
 
     study: str
     rounds: int
+    evaluations: int
     released: int
     patients: int
     epsilon: CrossCheck
@@ -48,6 +52,8 @@ class LedgerReport:
     key: str
     entries: int
     head: Head
+    witnessed: int
+    witness_checked: bool
     patients: int
     charges: dict[str, int]
     studies: tuple[StudyCost, ...]
@@ -62,6 +68,11 @@ class LedgerReport:
             "key": self.key,
             "entries": self.entries,
             "head": str(self.head),
+            "witnessed": {
+                "entries": self.witnessed,
+                "last": self.witnessed - 1 if self.witnessed else None,
+                "checked": self.witness_checked,
+            },
             "unit": UNIT,
             "adjacency": ADJACENCY,
             "patients": self.patients,
@@ -79,7 +90,8 @@ class LedgerReport:
         console.print(
             f"  site {self.site}, {self.entries} entries, charges: {counts or 'none'}\n"
             f"  head {self.head}\n"
-            f"  key  {self.key}",
+            f"  key  {self.key}\n"
+            f"  seen {witness_words(self.witnessed, self.entries, checked=self.witness_checked)}",
             markup=False,
         )
         if self.worst is None:
@@ -105,43 +117,79 @@ class LedgerReport:
         console.print(table)
 
 
-def verified(
-    path: Path, key: Ed25519PublicKey, *, expected_head: Head | None = None
-) -> tuple[LedgerState, VerifyResult]:
-    """Verify a ledger file.
+@dataclass(frozen=True)
+class Audited:
+    """A ledger that verified: what it says, the hash of each entry, and what was attested."""
+
+    state: LedgerState
+    result: VerifyResult
+    hashes: tuple[str, ...]
+    witnessed: tuple[WitnessRecord, ...]
+
+    @property
+    def head(self) -> Head:
+        """The last entry."""
+        assert self.state.head is not None  # a verified ledger has a first entry
+        return self.state.head
+
+    @property
+    def last(self) -> int:
+        """Sequence of the last entry."""
+        return self.head.sequence
+
+
+def audited(evidence: Evidence, *, expected_head: Head | None = None) -> Audited:
+    """Verify a ledger: every link, signature, rule and witness record, and whose it is.
 
     Raises
     ------
     ConsiliumError
-        ``privacy.ledger-broken`` naming the first broken entry; and what
-        :func:`consilium_common.ledger.verify.verify_file` raises.
+        ``privacy.ledger-broken`` naming the first broken entry; ``privacy.evidence-mismatch``
+        when the ledger is not of the site whose key was certified; and what reading raises.
     """
-    found = verify_file(path, key, expected_head=expected_head)
+    path = evidence.ledger
+    lines: list[bytes] = []
+
+    def kept() -> Iterator[bytes]:
+        for line in _lines(path):
+            lines.append(line)
+            yield line
+
+    found = verify_lines(
+        kept(), evidence.key, expected_head=expected_head, witness_key=evidence.witness
+    )
     if found.problem is not None:
         sound = f"{found.entries} entries before it hold" if found.entries else "none before it"
+        # An export has lines that a person can look at; a database has none.
+        export = path.suffix == ".jsonl" and found.problem.line is not None
+        at = f", line {found.problem.line}" if export else ""
         raise ConsiliumError(
             "privacy.ledger-broken",
             f"The ledger does not verify: {found.problem.message} ({found.problem.code}; {sound}).",
-            where=f"{path}, entry {found.problem.position}",
+            where=f"{path}, entry {found.problem.position}{at}",
             hint="Check that the key is this site's. If it is, the ledger was changed or damaged "
             "from this entry on: compare it with an earlier export.",
         )
-    return found.state, found
+    check_site(evidence, found.state.site)
+    return Audited(
+        state=found.state,
+        result=found,
+        hashes=tuple(Entry.parse(line).hash for line in lines if not is_witness_line(line)),
+        witnessed=tuple(WitnessRecord.parse(line) for line in lines if is_witness_line(line)),
+    )
 
 
 def ledger_report(
-    path: Path,
-    key: Ed25519PublicKey,
-    *,
-    expected_head: Head | None = None,
-    delta: float | None = None,
+    evidence: Evidence, *, expected_head: Head | None = None, delta: float | None = None
 ) -> LedgerReport:
     """Verify a ledger and recompute what its patients have spent.
 
     Parameters
     ----------
-    path, key, expected_head
-        As for :func:`verified`.
+    evidence : Evidence
+        The ledger and its keys.
+    expected_head : Head, optional
+        A head noted earlier, which the ledger must contain.
     delta : float, optional
         δ for the worst patient over all studies (default: that of the policy recorded last, else
         the smallest that a study states). Each study is computed at its own δ.
@@ -149,10 +197,15 @@ def ledger_report(
     Raises
     ------
     ConsiliumError
-        What :func:`verified` raises.
+        What :func:`audited` raises.
     """
-    state, found = verified(path, key, expected_head=expected_head)
-    assert found.head is not None  # a verified ledger has a first entry
+    found = audited(evidence, expected_head=expected_head)
+    return report_of(evidence, found, delta=delta)
+
+
+def report_of(evidence: Evidence, found: Audited, *, delta: float | None = None) -> LedgerReport:
+    """Recompute the figures of a ledger that was verified; as :func:`ledger_report`."""
+    state = found.state
     charges: dict[str, int] = {}
     for charge in state.charges.values():
         charges[charge.state] = charges.get(charge.state, 0) + 1
@@ -162,11 +215,13 @@ def ledger_report(
         at = delta if delta is not None else _delta_of(state)
         overall = cross_check(worst(state, at).history, at)
     return LedgerReport(
-        file=str(path),
+        file=evidence.where,
         site=state.site,
-        key=public_fingerprint(key),
-        entries=found.entries,
+        key=public_fingerprint(evidence.key),
+        entries=found.result.entries,
         head=found.head,
+        witnessed=found.result.witnessed,
+        witness_checked=found.result.witness_checked,
         patients=sum(state.histories().values()),
         charges=charges,
         studies=studies,
@@ -174,24 +229,47 @@ def ledger_report(
     )
 
 
+def _delta_of(state: LedgerState) -> float:
+    """Return the δ of the policy recorded last, else the smallest of the standing charges."""
+    budget = (state.policy or {}).get("budget")
+    recorded = budget.get("delta") if isinstance(budget, dict) else None
+    if isinstance(recorded, float) and 0 < recorded < 1:
+        return recorded
+    return min(charge.delta for charge in state.standing())
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if path.suffix == ".jsonl":
+        yield from jsonl_lines(path)
+        return
+    db = connect_reader(path)
+    try:
+        yield from read_export(db, path)
+    finally:
+        db.close()
+
+
 def _study(state: LedgerState, study: str) -> StudyCost:
     charges = state.standing(study)
     delta = min(charge.delta for charge in charges)
     return StudyCost(
         study=study,
-        rounds=len(charges),
+        rounds=sum(charge.purpose == "training" for charge in charges),
+        evaluations=sum(charge.purpose == "evaluation" for charge in charges),
         released=sum(charge.state == "released" for charge in charges),
         patients=sum(state.histories(study=study).values()),
         epsilon=cross_check(worst(state, delta, study=study).history, delta),
     )
 
 
-def _delta_of(state: LedgerState) -> float:
-    budget = (state.policy or {}).get("budget")
-    recorded = budget.get("delta") if isinstance(budget, dict) else None
-    if isinstance(recorded, float) and 0 < recorded < 1:
-        return recorded
-    return min(charge.delta for charge in state.standing())
+def witness_words(witnessed: int, entries: int, *, checked: bool) -> str:
+    """Say how many entries the aggregator attested, and whether its signatures were checked."""
+    if not witnessed:
+        return "by no witness"
+    words = f"by the aggregator: all {entries} entries"
+    if witnessed < entries:
+        words = f"by the aggregator: the first {witnessed} of {entries} entries"
+    return words if checked else f"{words} (signatures not checked: no witness key given)"
 
 
 def _figures(check: CrossCheck) -> tuple[str, str, str, str, str]:

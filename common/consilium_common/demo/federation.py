@@ -247,6 +247,10 @@ class Demo:
             wanted["permit_non_private"] = "true"
         if self.study.evaluation.release == "exact":
             wanted["release_exact_metrics"] = "true"
+        if self.study.evaluation.release == "private":
+            wanted["private_metrics_epsilon"] = "100.0"  # the budget still bounds it
+        if self.study.federation.quorum < 2:
+            wanted["minimal_sites"] = "1"
         for key, value in wanted.items():
             text = re.sub(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
         path.write_text(text, encoding="utf-8")

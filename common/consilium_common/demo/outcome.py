@@ -17,6 +17,7 @@ from consilium_common.privacy.accounting import epsilon_of, parameters
 from consilium_common.report.content import (
     Egress,
     LedgerOutcome,
+    NoisyScore,
     Picture,
     PlanSection,
     PrivacyReport,
@@ -91,6 +92,7 @@ def study_report(demo: Demo) -> StudyReport:
         rounds=tuple(_rounds(study, shown["rounds"])),
         scores=tuple(score for site, data in demo.results.items() for score in _scores(site, data)),
         privacy=_privacy(study),
+        noisy_scores=tuple(NoisyScore.of(row) for row in shown["evaluations"] if "score" in row),
         pictures=tuple(
             picture for site, data in demo.results.items() for picture in _pictures(site, data)
         ),
@@ -153,7 +155,13 @@ def _site(demo: Demo, approval: dict[str, Any]) -> SiteReport:
         state="done" if name in demo.results else "",
         cohort=approval["cohort_size"],
         rounds=participation[name],
-        epsilon=_site_epsilon(ledger, demo.prices[name]["budget"]) if ledger else None,
+        epsilon=(
+            _site_epsilon(
+                ledger, demo.prices[name]["budget"], demo.shown["evaluation_epsilon"].get(name)
+            )
+            if ledger
+            else None
+        ),
         ledger=(
             LedgerOutcome(
                 verified=ledger["verified"], entries=ledger["entries"], head=ledger["head"]
@@ -165,13 +173,15 @@ def _site(demo: Demo, approval: dict[str, Any]) -> SiteReport:
     )
 
 
-def _site_epsilon(ledger: dict[str, Any], budget: float) -> SiteEpsilon:
+def _site_epsilon(ledger: dict[str, Any], budget: float, evaluation: float | None) -> SiteEpsilon:
+    # The worst patient of the study is one it trains on: evaluating costs others, and little.
     study = ledger["studies"][0]["epsilon"]
     return SiteEpsilon(
         pld=study["epsilon"]["pld"],
         prv=study["epsilon"]["prv"],
         rdp=study["epsilon"]["rdp"],
         delta=study["delta"],
+        evaluation=evaluation,
         spent=ledger["worst_patient"]["epsilon"]["pld"],
         budget=budget,
     )
@@ -230,6 +240,8 @@ def _privacy(study: Study) -> PrivacyReport | None:
         noise_multiplier=plan.noise_multiplier,
         steps=plan.steps_per_round * plan.rounds,
         delta=plan.delta,
+        evaluations=plan.evaluations,
+        evaluation_noise=plan.evaluation_deviation,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -34,6 +35,8 @@ AUTHORITY_DAYS = 3650
 MEMBER_DAYS = 397  # a little over a year, as public authorities do
 #: Clocks of hospitals differ by minutes: certificates begin a little in the past.
 CLOCK_SLACK = timedelta(minutes=10)
+#: Roles of Ed25519 keys: they sign, and open no connection.
+SIGNING_ROLES: Final = frozenset({Role.SIGNER, Role.WITNESS})
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Authority:
             )
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         )
-        if role is not Role.SIGNER:
+        if role not in SIGNING_ROLES:
             usage = (
                 ExtendedKeyUsageOID.SERVER_AUTH
                 if role is Role.SERVER
@@ -142,7 +145,7 @@ class Authority:
         """Certify the key of a signing request (its own signature proves who holds the key)."""
         request = load_request(request_pem)
         key = request.public_key()
-        expected = ed25519.Ed25519PublicKey if role is Role.SIGNER else ec.EllipticCurvePublicKey
+        expected = ed25519.Ed25519PublicKey if role in SIGNING_ROLES else ec.EllipticCurvePublicKey
         if not isinstance(key, expected):
             raise ConsiliumError(
                 "identity.weak-key", f"The request for a {role} certificate has the wrong key."

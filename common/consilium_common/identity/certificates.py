@@ -35,6 +35,8 @@ class Role(StrEnum):
     INVITATION = "invitation"
     #: A site's or operator's Ed25519 key: it signs, and opens no connection.
     SIGNER = "signer"
+    #: The aggregator's Ed25519 key that countersigns the heads of the sites' ledgers.
+    WITNESS = "witness"
 
 
 @dataclass(frozen=True)

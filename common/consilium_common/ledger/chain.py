@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 class Problem:
     """What is wrong with the first broken entry.
 
-    ``position`` counts entries (lines of an export) from 0, so in a sound ledger it is the
-    entry's sequence. ``code`` is one of ``form``, ``sequence``, ``previous``, ``hash``,
-    ``signature``, ``rule``, ``head``, ``empty``.
+    ``position`` counts entries from 0, so in a sound ledger it is the entry's sequence; for a
+    witness record it is that of the entry before it. ``line`` is the line of the export, from 1;
+    None where no line is to blame. ``code`` is one of ``form``, ``sequence``, ``previous``,
+    ``hash``, ``signature``, ``rule``, ``witness``, ``head``, ``empty``.
     """
 
     position: int
     code: str
     message: str
+    line: int | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values."""

@@ -29,6 +29,18 @@ SCHEMA: Final = (
     "WHEN NEW.sequence IS NOT (SELECT COALESCE(MAX(sequence) + 1, 0) FROM entry) "
     "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
 )
+#: Made when a ledger is opened for writing, also in one that is older than witnesses.
+WITNESS_SCHEMA: Final = (
+    "CREATE TABLE IF NOT EXISTS witness (sequence INTEGER PRIMARY KEY, line BLOB NOT NULL)",
+    "CREATE TRIGGER IF NOT EXISTS witness_no_update BEFORE UPDATE ON witness "
+    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TRIGGER IF NOT EXISTS witness_no_delete BEFORE DELETE ON witness "
+    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TRIGGER IF NOT EXISTS witness_in_order BEFORE INSERT ON witness "
+    "WHEN NEW.sequence IS NOT (SELECT COALESCE(MAX(sequence) + 1, 0) FROM witness) "
+    "OR NEW.sequence NOT IN (SELECT sequence FROM entry) "
+    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+)
 
 
 def connect_writer(path: Path) -> sqlite3.Connection:
@@ -54,6 +66,9 @@ def connect_writer(path: Path) -> sqlite3.Connection:
                     for statement in SCHEMA:
                         db.execute(statement)
                     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                if _is_ledger(db):
+                    for statement in WITNESS_SCHEMA:
+                        db.execute(statement)
             if not _is_ledger(db):
                 raise not_a_ledger(path)
         except BaseException:
@@ -191,16 +206,60 @@ def _not_written(path: Path, why: str) -> ConsiliumError:
     )
 
 
-def read_lines(db: sqlite3.Connection, path: Path) -> Iterator[bytes]:
-    """Yield the stored bytes of every entry in order, unchecked."""
+def read_lines(
+    db: sqlite3.Connection, path: Path, *, first: int = 0, limit: int = -1
+) -> Iterator[bytes]:
+    """Yield the stored bytes of entries in order, unchecked; ``limit`` -1 means all."""
+    yield from _lines(
+        db,
+        path,
+        "SELECT line FROM entry WHERE sequence >= ? ORDER BY sequence LIMIT ?",
+        (first, limit),
+    )
+
+
+def read_export(db: sqlite3.Connection, path: Path) -> Iterator[bytes]:
+    """Yield the lines of an export, unchecked: entries, each followed by its witness record."""
     with sqlite_errors(path, writing=False):
-        cursor = db.execute("SELECT line FROM entry ORDER BY sequence")
-        while rows := cursor.fetchmany(1000):
-            for (line,) in rows:
-                yield as_bytes(line)
+        witnessed = has_witness(db)
+    if not witnessed:
+        yield from read_lines(db, path)
+        return
+    # One statement, so one moment; and a record without its entry comes out as well.
+    yield from _lines(
+        db,
+        path,
+        "SELECT line FROM (SELECT sequence, 0 AS part, line FROM entry UNION ALL "
+        "SELECT sequence, 1 AS part, line FROM witness) ORDER BY sequence, part",
+    )
+
+
+def last_witness(db: sqlite3.Connection, path: Path) -> bytes | None:
+    """Return the newest witness record's line, unchecked; None where there is none."""
+    with sqlite_errors(path, writing=False):
+        if not has_witness(db):
+            return None
+        row = db.execute("SELECT line FROM witness ORDER BY sequence DESC LIMIT 1").fetchone()
+    return None if row is None else as_bytes(row[0])
+
+
+def has_witness(db: sqlite3.Connection) -> bool:
+    """Return whether the ledger has a table for witness records; an old one has not."""
+    found = db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'witness'")
+    return found.fetchone() is not None
 
 
 def as_bytes(line: object) -> bytes:
     """Return a stored line; empty bytes for anything else."""
     # A damaged row may hold anything; what is not bytes cannot pass the checks that follow.
     return line if isinstance(line, bytes) else b""
+
+
+def _lines(
+    db: sqlite3.Connection, path: Path, query: str, arguments: tuple[int, ...] = ()
+) -> Iterator[bytes]:
+    with sqlite_errors(path, writing=False):
+        cursor = db.execute(query, arguments)
+        while rows := cursor.fetchmany(1000):
+            for (line,) in rows:
+                yield as_bytes(line)

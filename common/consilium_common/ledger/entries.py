@@ -30,12 +30,21 @@ FORMAT: Final = "consilium/ledger/v1"
 #: ``previous`` of the first entry.
 GENESIS: Final = "0" * 64
 
+#: A charge is for a round's training, or for the evaluation after so many rounds.
+Purpose = Literal["training", "evaluation"]
+#: Who adds the noise, and so whom the promise protects against.
+ThreatModel = Literal["silo-local"]
 Kind = Literal["opened", "cohort", "charge", "released", "voided", "policy"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 #: A patient as the ledger knows one: a keyed hash, never an identity.
 PatientKey = Annotated[str, Field(pattern=r"^[0-9a-f]{32,64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
-_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z")
+_HEXADECIMAL: Final = frozenset("0123456789abcdef")
+#: The form of every time; whether the day exists is asked of the calendar.
+TIME_PATTERN: Final = (
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{6}Z"
+)
+_TIME: Final = re.compile(TIME_PATTERN)
 
 
 class Body(BaseModel):
@@ -67,10 +76,12 @@ class Cohort(Body):
 
 
 class ChargeBody(Body):
-    """The cost of one round, durable before the data is touched."""
+    """The cost of one round's training or evaluation, durable before the data is touched."""
 
     study: Sha256
+    purpose: Purpose
     round: Count
+    model: ThreatModel
     event: dict[str, Any]
     clip_norm: Annotated[float, Field(gt=0)]
     delta: Annotated[float, Field(gt=0, lt=1)]
@@ -129,8 +140,7 @@ class Head:
             ``usage.head``.
         """
         number, _, value = text.partition(":")
-        hexadecimal = len(value) == 64 and set(value) <= set("0123456789abcdef")
-        if not (number.isascii() and number.isdigit() and hexadecimal):
+        if not (number.isascii() and number.isdigit() and is_hexadecimal(value, 64)):
             raise ConsiliumError(
                 "usage.head",
                 f"{text!r} is not the head of a ledger.",
@@ -213,24 +223,18 @@ class Entry:
             raise MalformedEntryError("its sequence is not a number from 0 up")
         if not (isinstance(self.site, str) and self.site):
             raise MalformedEntryError("its site has no name")
-        try:
-            if not (isinstance(self.time, str) and _TIME.fullmatch(self.time)):
-                raise ValueError("another form")
-            dt.datetime.strptime(self.time, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=dt.UTC)
-        except ValueError as error:
-            raise MalformedEntryError("its time is not a UTC time") from error
+        if not is_time(self.time):
+            raise MalformedEntryError("its time is not a UTC time")
         for name, text, length in (
             ("previous", self.previous, 64),
             ("hash", self.hash, 64),
             ("signature", self.signature, 128),
         ):
-            if not (
-                isinstance(text, str)
-                and len(text) == length
-                and set(text) <= set("0123456789abcdef")
-            ):
+            if not is_hexadecimal(text, length):
                 raise MalformedEntryError(f"its {name} is not {length} hexadecimal digits")
-        check_body(self.kind, self.body)
+        # Signing fills in what is the same in every body; reading demands that it stands there.
+        if check_body(self.kind, self.body) != self.body:
+            raise MalformedEntryError(f"its body lacks something of kind {self.kind}")
 
     def computed_hash(self) -> str:
         """Return the SHA-256 of the canonical content, 64 hexadecimal digits."""
@@ -281,11 +285,10 @@ def sign_entry(
     MalformedEntryError
         The body is not one of this kind.
     """
-    moment = (time or dt.datetime.now(dt.UTC)).astimezone(dt.UTC)
     unsigned = Entry(
         sequence=sequence,
         previous=previous,
-        time=moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        time=time_text(time or dt.datetime.now(dt.UTC)),
         site=site,
         kind=kind,
         body=check_body(kind, body),
@@ -326,6 +329,27 @@ def check_body(kind: str, body: object) -> dict[str, Any]:
 def cohort_digest(patients: list[str]) -> str:
     """Return the digest that names a cohort: SHA-256 of the canonical JSON of its sorted keys."""
     return digest(patients)
+
+
+def is_hexadecimal(text: object, length: int) -> bool:
+    """Return whether ``text`` is ``length`` lower-case hexadecimal digits."""
+    return isinstance(text, str) and len(text) == length and set(text) <= _HEXADECIMAL
+
+
+def is_time(text: object) -> bool:
+    """Return whether ``text`` is a UTC time in the ledger's form that exists."""
+    if not (isinstance(text, str) and _TIME.fullmatch(text)):
+        return False
+    try:
+        dt.datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def time_text(moment: dt.datetime) -> str:
+    """Return a moment in the ledger's form: UTC with microseconds."""
+    return moment.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def public_hex(key: Ed25519PublicKey) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from consilium_common.ledger.entries import Entry, Head
+from consilium_common.ledger.entries import Entry, Head, Purpose, ThreatModel
 from consilium_common.privacy.events import History, PrivacyEvent, grouped
 
 ChargeState = Literal["open", "released", "voided"]
@@ -26,10 +26,15 @@ class Charge:
 
     ``state`` is ``open`` (charged, nothing has left), ``released`` (``update`` is the SHA-256 of
     what left or may leave) or ``voided`` (counts nothing). ``fate`` is the entry that decided it.
+    ``time`` is the latest time that the ledger names up to this charge: a clock set back never
+    makes a charge older than what came before it.
     """
 
     entry: Entry
+    time: str
     study: str
+    purpose: Purpose
+    model: ThreatModel
     round_index: int
     event: PrivacyEvent
     clip_norm: float
@@ -56,8 +61,10 @@ class LedgerState:
     cohorts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: By sequence of the charge's entry.
     charges: dict[int, Charge] = field(default_factory=dict)
-    #: Sequence of the newest charge of a (study, round).
-    rounds: dict[tuple[str, int], int] = field(default_factory=dict)
+    #: Sequence of the newest charge of a (study, purpose, round).
+    rounds: dict[tuple[str, Purpose, int], int] = field(default_factory=dict)
+    #: The latest time of any entry so far.
+    latest: str = ""
 
     def apply(self, entry: Entry) -> None:
         """Take in the next entry, whose form, chain and signature the caller has checked.
@@ -92,19 +99,24 @@ class LedgerState:
             case "policy":
                 self.policy = entry.body["policy"]
         self.head = entry.head
+        self.latest = max(self.latest, entry.time)
 
     def _charge(self, entry: Entry) -> None:
         body = entry.body
         if body["cohort"] not in self.cohorts:
             raise RuleBrokenError("its cohort was not recorded before")
-        key = (body["study"], body["round"])
-        if (before := self.charge_of(*key)) is not None and before.stands:
+        key = (body["study"], body["purpose"], body["round"])
+        before = self.charge_of(body["study"], body["round"], body["purpose"])
+        if before is not None and before.stands:
             raise RuleBrokenError(
                 f"this round was charged in entry {before.entry.sequence}, which stands"
             )
         self.charges[entry.sequence] = Charge(
             entry=entry,
+            time=max(self.latest, entry.time),
             study=body["study"],
+            purpose=body["purpose"],
+            model=body["model"],
             round_index=body["round"],
             event=PrivacyEvent.from_dict(body["event"]),
             clip_norm=float(body["clip_norm"]),
@@ -121,41 +133,84 @@ class LedgerState:
             raise RuleBrokenError(f"its charge, entry {charge.entry.sequence}, is {charge.state}")
         return charge
 
-    def charge_of(self, study: str, round_index: int) -> Charge | None:
+    def charge_of(
+        self, study: str, round_index: int, purpose: Purpose = "training"
+    ) -> Charge | None:
         """Return the newest charge of a round, standing or voided."""
-        sequence = self.rounds.get((study, round_index))
+        sequence = self.rounds.get((study, purpose, round_index))
         return None if sequence is None else self.charges[sequence]
 
-    def standing(self, study: str | None = None) -> list[Charge]:
-        """Return the charges that count, in order; of one study where it is given."""
+    def standing(
+        self, study: str | None = None, *, since: str | None = None, until: str | None = None
+    ) -> list[Charge]:
+        """Return the charges that count, in order.
+
+        Parameters
+        ----------
+        study : str, optional
+            Those of this study alone.
+        since, until : str, optional
+            Those whose ``time`` is in [since, until); times in the ledger's own form.
+        """
         return [
-            c for c in self.charges.values() if c.stands and (study is None or c.study == study)
+            charge
+            for charge in self.charges.values()
+            if charge.stands
+            and (study is None or charge.study == study)
+            and (since is None or charge.time >= since)
+            and (until is None or charge.time < until)
         ]
 
     def studies(self) -> list[str]:
         """Return the digests of all studies with a standing charge, in order of first charge."""
         return list(dict.fromkeys(c.study for c in self.standing()))
 
-    def events_of(self, patient: str, study: str | None = None) -> History:
-        """Return one patient's standing events, grouped; empty for a patient never charged."""
+    def years(self) -> list[int]:
+        """Return the calendar years (UTC) with a standing charge, in order."""
+        return sorted({int(charge.time[:4]) for charge in self.standing()})
+
+    def charges_of(
+        self,
+        patient: str,
+        study: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+    ) -> list[Charge]:
+        """Return the standing charges of one patient, in order; arguments as :meth:`standing`."""
         inside = {digest for digest, members in self.cohorts.items() if patient in members}
-        return grouped(c.event for c in self.standing(study) if c.cohort in inside)
+        return [c for c in self.standing(study, since=since, until=until) if c.cohort in inside]
+
+    def events_of(
+        self,
+        patient: str,
+        study: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+    ) -> History:
+        """Return one patient's standing events, grouped; empty for a patient never charged."""
+        return grouped(c.event for c in self.charges_of(patient, study, since, until))
 
     def histories(
-        self, patients: Collection[str] | None = None, *, study: str | None = None
+        self,
+        patients: Collection[str] | None = None,
+        *,
+        study: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
     ) -> dict[History, int]:
         """Return how many patients share each history.
 
         Parameters
         ----------
         patients : collection of str, optional
-            Count these; those never charged have the empty history (default: every patient with
-            a standing charge).
-        study : str, optional
-            Look at this study's charges alone.
+            Count these; those with no such charge have the empty history (default: every patient
+            with one).
+        study, since, until : str, optional
+            Which charges count, as :meth:`standing`.
         """
-        members = self._memberships(study)
-        history = self._history_of_cohorts(study)
+        charges = self.standing(study, since=since, until=until)
+        members = self._memberships(charges)
+        history = _history_of_cohorts(charges)
         if patients is None:
             sets = Counter(members.values())
         else:
@@ -166,11 +221,11 @@ class LedgerState:
             counts[events] = counts.get(events, 0) + number
         return counts
 
-    def _memberships(self, study: str | None) -> dict[str, frozenset[str]]:
+    def _memberships(self, charges: list[Charge]) -> dict[str, frozenset[str]]:
         """Return for each charged patient the set of charged cohorts with that patient in it."""
         memberships: dict[str, frozenset[str]] = {}
         interned: dict[frozenset[str], frozenset[str]] = {}
-        for digest in dict.fromkeys(c.cohort for c in self.standing(study)):
+        for digest in dict.fromkeys(c.cohort for c in charges):
             added: dict[frozenset[str], frozenset[str]] = {}
             for patient in self.cohorts[digest]:
                 before = memberships.get(patient, frozenset())
@@ -180,13 +235,19 @@ class LedgerState:
                 memberships[patient] = added[before]
         return memberships
 
-    def _history_of_cohorts(self, study: str | None) -> Callable[[frozenset[str]], History]:
-        events: dict[str, list[PrivacyEvent]] = {}
-        for charge in self.standing(study):
-            events.setdefault(charge.cohort, []).append(charge.event)
-        per_cohort = {digest: grouped(listed) for digest, listed in events.items()}
 
-        def history(cohorts: frozenset[str]) -> History:
-            return grouped(event for digest in cohorts for event in per_cohort[digest])
+def _history_of_cohorts(charges: list[Charge]) -> Callable[[frozenset[str]], History]:
+    events: dict[str, list[PrivacyEvent]] = {}
+    for charge in charges:
+        events.setdefault(charge.cohort, []).append(charge.event)
+    per_cohort = {digest: grouped(listed) for digest, listed in events.items()}
 
-        return history
+    def history(cohorts: frozenset[str]) -> History:
+        return grouped(event for digest in cohorts for event in per_cohort[digest])
+
+    return history
+
+
+def year_bounds(year: int) -> tuple[str, str]:
+    """Return ``since`` and ``until`` of a calendar year (UTC) in the ledger's form of time."""
+    return f"{year:04d}-01-01T00:00:00.000000Z", f"{year + 1:04d}-01-01T00:00:00.000000Z"

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import functools
-import os
 import sqlite3
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
-from consilium_common.ledger.chain import BrokenChainError, take
+from consilium_common.ledger.append import Append, Appender
+from consilium_common.ledger.attest import keep_records, last_witnessed
+from consilium_common.ledger.conflict import refuse_conflict
 from consilium_common.ledger.database import (
-    as_bytes,
     connect_reader,
     connect_writer,
     corrupt,
-    immediate,
+    read_export,
     read_lines,
     sqlite_errors,
 )
-from consilium_common.ledger.entries import (
-    GENESIS,
-    Entry,
-    Head,
-    Kind,
-    MalformedEntryError,
-    cohort_digest,
-    public_hex,
-    sign_entry,
-)
+from consilium_common.ledger.entries import Entry, Head, Purpose, ThreatModel, cohort_digest
+from consilium_common.ledger.follow import Follower, parsed
 from consilium_common.ledger.state import Charge, LedgerState
+from consilium_common.ledger.witness import WitnessRecord, is_witness_line
 from consilium_common.privacy.events import History, PrivacyEvent
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (
+        Ed25519PrivateKey,
+        Ed25519PublicKey,
+    )
 
     from consilium_common.ledger.spend import Spend
 
@@ -55,12 +50,10 @@ class Ledger:
         self.path = path
         self.site = site
         self._db = db
-        self._signer = signer
-        self._state = LedgerState()
-        self._head_line = b""
-        self._damage: ConsiliumError | None = None
-        self._lock = threading.RLock()
-        self._process = os.getpid()
+        self._follower = Follower(path, db)
+        self._appender = None if signer is None else Appender(db, self._follower, signer, site)
+        self._state = self._follower.state
+        self._lock = self._follower.lock
 
     @classmethod
     def open(cls, path: Path, signer: Ed25519PrivateKey | None = None, *, site: str = "") -> Self:
@@ -80,11 +73,14 @@ class Ledger:
         ConsiliumError
             ``privacy.no-ledger``, ``privacy.ledger-write`` (disk full, no permission),
             ``privacy.ledger-corrupt``, ``privacy.ledger-key`` (another key opened it),
-            ``privacy.ledger-site`` (another site's).
+            ``privacy.ledger-site`` (another site's); with a signer ``privacy.ledger-rolled-back``
+            while the aggregator contradicts it.
         """
         path = Path(path)
         if signer is not None and not site:
             raise ConsiliumError("usage.site", "A ledger is opened for a named site.")
+        if signer is not None:
+            refuse_conflict(path)
         db = connect_reader(path) if signer is None else connect_writer(path)
         ledger = cls(path, db, signer, site)
         try:
@@ -97,7 +93,7 @@ class Ledger:
     def close(self) -> None:
         """Close the file. Everything acknowledged is already on the disk."""
         # A forked child must not touch its parent's connection, not even to close it.
-        if os.getpid() == self._process:
+        if self._follower.in_own_process:
             with self._lock:
                 self._db.close()
 
@@ -118,6 +114,8 @@ class Ledger:
         clip_norm: float,
         delta: float,
         patients: Sequence[str],
+        purpose: Purpose = "training",
+        model: ThreatModel = "silo-local",
         guard: Callable[[LedgerState], object] | None = None,
     ) -> Entry:
         """Charge one round to every patient of the cohort; durable when it returns.
@@ -134,6 +132,10 @@ class Ledger:
             C of the mechanism and δ of the study, for the record.
         patients : sequence of str
             Keyed hashes of all patients that may be sampled, sampled or not.
+        purpose : str
+            ``training`` or ``evaluation`` (default: training).
+        model : str
+            Threat model (default: silo-local).
         guard : callable, optional
             Called with the ledger's state inside the write transaction, after which no other
             process can charge; raises to refuse (a budget check that cannot be overtaken).
@@ -148,7 +150,7 @@ class Ledger:
         with self._writing() as append:
             if guard is not None:
                 guard(self._state)
-            before = self._state.charge_of(study, round_index)
+            before = self._state.charge_of(study, round_index, purpose)
             if before is not None and before.stands:
                 raise ConsiliumError(
                     "privacy.already-charged",
@@ -163,6 +165,8 @@ class Ledger:
                 "charge",
                 {
                     "study": study,
+                    "purpose": purpose,
+                    "model": model,
                     "round": round_index,
                     "event": event.to_dict(),
                     "clip_norm": float(clip_norm),
@@ -229,7 +233,7 @@ class Ledger:
     @property
     def state(self) -> LedgerState:
         """What the ledger says now, with what other processes appended meanwhile."""
-        self._refresh()
+        self._follower.refresh()
         return self._state
 
     @property
@@ -244,9 +248,11 @@ class Ledger:
         """The site's public ledger key as the first entry names it, 64 hexadecimal digits."""
         return self._state.public_key
 
-    def find_charge(self, study: str, round_index: int) -> Charge | None:
+    def find_charge(
+        self, study: str, round_index: int, purpose: Purpose = "training"
+    ) -> Charge | None:
         """Return the newest charge of a round with its fate; None where it was never charged."""
-        return self.state.charge_of(study, round_index)
+        return self.state.charge_of(study, round_index, purpose)
 
     def events_of(self, patient: str) -> History:
         """Return what one patient (keyed hash) took part in, over all studies, grouped."""
@@ -256,41 +262,71 @@ class Ledger:
         """Return how many patients share each history (default: all ever charged)."""
         return self.state.histories(patients)
 
-    def spent(self, delta: float) -> Spend:
-        """Return the distribution of ε over patients, and per study, at ``delta``."""
+    def spent(self, delta: float, since: str | None = None) -> Spend:
+        """Return the distribution of ε over patients, per study and year, at ``delta``."""
         from consilium_common.ledger.spend import spend
 
-        return spend(self.state, delta)
+        return spend(self.state, delta, since)
 
     def entries(self) -> Iterator[Entry]:
         """Yield every entry in order."""
         for line in read_lines(self._db, self.path):
-            yield _parsed(line, self.path)
+            yield parsed(line, self.path)
 
     def export_jsonl(self, path: Path) -> Head:
-        """Write every entry as one line of canonical JSON, durably; return the head written."""
+        """Write every entry, each followed by its witness record, as lines of canonical JSON.
+
+        The file is durable when this returns the head written.
+        """
         with self._lock:
-            lines = list(read_lines(self._db, self.path))
+            lines = list(read_export(self._db, self.path))
         write_atomic(path, b"".join(line + b"\n" for line in lines))
-        return _parsed(lines[-1], self.path).head
+        return next(
+            parsed(line, self.path).head for line in reversed(lines) if not is_witness_line(line)
+        )
+
+    # Witnessing --------------------------------------------------------------------------------
+
+    @property
+    def witnessed(self) -> Head | None:
+        """The entry that the aggregator witnessed last; None where it has witnessed none."""
+        return last_witnessed(self._db, self._follower)
+
+    def from_entry(self, first: int, limit: int) -> list[Entry]:
+        """Return at most ``limit`` entries from sequence ``first`` on."""
+        self._follower.refresh()
+        return self._follower.entries(first, limit)
+
+    def add_witness(
+        self, records: Sequence[WitnessRecord], witness_key: Ed25519PublicKey
+    ) -> Head | None:
+        """Keep witness records of our entries, durably; return the entry witnessed last.
+
+        Those kept before are not kept twice; the others continue where these end.
+
+        Raises
+        ------
+        ConsiliumError
+            ``privacy.witness-invalid`` when a record is not signed by the witness, not of this
+            ledger's entry, or does not follow the one before; ``privacy.ledger-write``. Nothing is
+            kept then.
+        """
+        self._writer()  # raises where the ledger is open for reading only
+        return keep_records(self._db, self._follower, records, witness_key)
+
+    def change_counter(self) -> int:
+        """Return a number that changes when another connection has appended; cheap to ask."""
+        with self._lock, sqlite_errors(self.path, writing=False):
+            self._follower.require_own_process()
+            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
     # Inside ------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        if self._signer is not None:
-            with sqlite_errors(self.path, writing=True), immediate(self._db):
-                if self._db.execute("SELECT 1 FROM entry LIMIT 1").fetchone() is None:
-                    self._insert(
-                        sign_entry(
-                            self._signer,
-                            sequence=0,
-                            previous=GENESIS,
-                            site=self.site,
-                            kind="opened",
-                            body={"public_key": public_hex(self._signer.public_key())},
-                        )
-                    )
-        self._refresh()
+        if self._appender is not None:
+            self._appender.begin()
+        self._follower.refresh()
+        last_witnessed(self._db, self._follower)  # raises where the witness saw another ledger
         if self._state.head is None:
             raise corrupt(self.path, "it has no first entry")
         if self.site and self._state.site != self.site:
@@ -301,7 +337,7 @@ class Ledger:
                 hint="Use the ledger of this site; ledgers are never shared or renamed.",
             )
         self.site = self._state.site
-        if self._signer and public_hex(self._signer.public_key()) != self._state.public_key:
+        if self._appender is not None and self._appender.public_key != self._state.public_key:
             raise ConsiliumError(
                 "privacy.ledger-key",
                 "The ledger was opened with another signing key.",
@@ -309,107 +345,18 @@ class Ledger:
                 hint="Restore the site's ledger key from its backup.",
             )
 
-    @contextmanager
-    def _writing(self) -> Iterator[Callable[[Kind, dict[str, Any]], Entry]]:
+    def _writing(self) -> AbstractContextManager[Append]:
         """One write transaction; the function it yields appends to it."""
-        if self._signer is None:
+        return self._writer().transaction()
+
+    def _writer(self) -> Appender:
+        if self._appender is None:
             raise ConsiliumError(
                 "privacy.ledger-read-only",
                 "The ledger is open for reading only.",
                 where=str(self.path),
             )
-        signer = self._signer
-        with self._lock:
-            fresh: list[Entry] = []
-
-            def append(kind: Kind, body: dict[str, Any]) -> Entry:
-                head = fresh[-1].head if fresh else self._state.head
-                assert head is not None
-                try:
-                    entry = sign_entry(
-                        signer,
-                        sequence=head.sequence + 1,
-                        previous=head.hash,
-                        site=self.site,
-                        kind=kind,
-                        body=body,
-                    )
-                except MalformedEntryError as error:
-                    raise ConsiliumError(
-                        "privacy.charge-invalid", f"The ledger refuses this entry: {error}."
-                    ) from error
-                with sqlite_errors(self.path, writing=True):
-                    self._insert(entry)
-                fresh.append(entry)
-                return entry
-
-            self._own_process()
-            with sqlite_errors(self.path, writing=True), immediate(self._db):
-                self._refresh()
-                yield append
-            # Only what is on the disk counts here as well.
-            for entry in fresh:
-                self._state.apply(entry)
-                self._head_line = entry.line()
-
-    def _insert(self, entry: Entry) -> None:
-        self._db.execute(
-            "INSERT INTO entry (sequence, line) VALUES (?, ?)", (entry.sequence, entry.line())
-        )
-
-    def _refresh(self) -> None:
-        """Read what was appended since, checking form, chain, rules and the head's signature."""
-        self._own_process()
-        with self._lock:
-            if self._damage is not None:
-                raise self._damage
-            try:
-                self._read_on()
-            except ConsiliumError as error:
-                # Found damaged once, it stays so: half of it may have been taken in.
-                if error.code == "privacy.ledger-corrupt":
-                    self._damage = error
-                raise
-
-    def _read_on(self) -> None:
-        state = self._state
-        known = state.head
-        with sqlite_errors(self.path, writing=False):
-            rows = self._db.execute(
-                "SELECT line FROM entry WHERE sequence >= ? ORDER BY sequence",
-                (known.sequence if known else 0,),
-            ).fetchall()
-        if known is not None:
-            if not rows or rows[0][0] != self._head_line:
-                raise corrupt(self.path, f"entry {known.sequence} is gone or was replaced")
-            rows = rows[1:]
-        last: Entry | None = None
-        for (line,) in rows:
-            try:
-                last = take(as_bytes(line), state, None)
-            except BrokenChainError as error:
-                raise corrupt(self.path, str(error)) from error
-            self._head_line = line
-        if last is not None and not self._signed(last):
-            # The chain binds everything before to this one signature.
-            raise corrupt(self.path, f"entry {last.sequence} is not signed by the site's key")
-
-    def _signed(self, entry: Entry) -> bool:
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-        try:
-            key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self._state.public_key))
-        except ValueError:
-            return False
-        return entry.signed_by(key)
-
-    def _own_process(self) -> None:
-        if os.getpid() != self._process:
-            raise ConsiliumError(
-                "internal.ledger-fork",
-                "The ledger was opened before this process was forked.",
-                hint="Open the ledger in the process that uses it.",
-            )
+        return self._appender
 
     def _find(self, charge: Entry | Charge) -> Charge:
         entry = charge.entry if isinstance(charge, Charge) else charge
@@ -431,13 +378,6 @@ class Ledger:
             where=str(self.path),
             hint="Send the update that was released first, or charge the round anew.",
         )
-
-
-def _parsed(line: bytes, path: Path) -> Entry:
-    try:
-        return Entry.parse(line)
-    except MalformedEntryError as error:
-        raise corrupt(path, f"an entry is not readable ({error})") from error
 
 
 @functools.lru_cache(maxsize=8)  # a study charges the same cohort every round

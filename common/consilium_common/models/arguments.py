@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 #: One number for all axes, or one per axis.
 PerAxis = int | list[int]
@@ -61,10 +61,11 @@ def along(value: PerAxis, axis: int) -> int:
 
 
 class NetworkArguments(BaseModel):
-    """What all networks share: a normalisation that never looks beyond one image.
+    """What all networks share: their normalisation.
 
-    Batch norm is not offered: it mixes patients within a step, so that no gradient belongs to one
-    patient, and its running statistics are data that would leave the site and cannot be averaged.
+    Group and instance norm never look beyond one image. Batch norm mixes the patients of a step,
+    so that no gradient belongs to one patient, and its running statistics leave the site: a private
+    study refuses it, unless ``model.normalise`` turns it into group norm.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -72,19 +73,10 @@ class NetworkArguments(BaseModel):
     #: Sizes must be multiples of the total stride, because skip connections join the levels.
     needs_multiple: ClassVar[bool] = False
 
-    norm: Literal["group", "instance"] = "group"
-    #: Groups of channels that are normalised together; norm: group only.
+    norm: Literal["group", "instance", "batch"] = "group"
+    #: Groups of channels that are normalised together; with batch norm that ``model.normalise``
+    #: replaces, the most: each layer takes the largest number up to it that divides its channels.
     groups: Annotated[int, Field(ge=1, le=64)] = 8
-
-    @field_validator("norm", mode="before")
-    @classmethod
-    def _no_batch(cls, value: Any) -> Any:
-        if isinstance(value, str) and "batch" in value.lower():
-            raise ValueError(
-                "batch norm mixes patients and breaks both patient-level privacy and federated "
-                "averaging; use group or instance"
-            )
-        return value
 
     @model_validator(mode="after")
     def _groups_need_group_norm(self) -> Self:
@@ -118,7 +110,7 @@ class UNetArguments(NetworkArguments):
 
     needs_multiple: ClassVar[bool] = True
 
-    norm: Literal["group", "instance"] = "instance"
+    norm: Literal["group", "instance", "batch"] = "instance"
     channels: Annotated[list[Channels], Field(min_length=2, max_length=MAX_LEVELS)] = [
         16,
         32,
@@ -163,7 +155,7 @@ class DynUNetArguments(NetworkArguments):
 
     needs_multiple: ClassVar[bool] = True
 
-    norm: Literal["group", "instance"] = "instance"
+    norm: Literal["group", "instance", "batch"] = "instance"
     filters: Annotated[list[Channels], Field(min_length=3, max_length=MAX_LEVELS)] = [
         32,
         64,

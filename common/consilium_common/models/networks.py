@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final, cast
 
 import torch
 from monai.networks.blocks import Convolution, ResidualUnit
+from monai.networks.blocks.dynunet_block import UnetResBlock
+from monai.networks.blocks.segresnet_block import ResBlock
 from monai.networks.nets import DenseNet, DynUNet, ResNet, SegResNet, UNet
+from monai.networks.nets.resnet import ResNetBlock
 from torch import nn
 
 from consilium_common.models.arguments import (
@@ -24,7 +27,7 @@ def norm_of(arguments: NetworkArguments) -> tuple[str, dict[str, Any]]:
     """Return the normalisation as MONAI's layer factory takes it."""
     if arguments.norm == "group":
         return "group", {"num_groups": arguments.groups, "affine": True}
-    return "instance", {"affine": True}
+    return arguments.norm, {"affine": True}
 
 
 def act_of(name: str) -> tuple[str, dict[str, Any]]:
@@ -95,6 +98,40 @@ class _DynUNet(DynUNet):  # type: ignore[misc]
         return self.output_block(x)
 
 
+class _ResNetBlock(ResNetBlock):  # type: ignore[misc]
+    """ResNet's block without MONAI's in-place sum, which hooks on its layers cannot bear."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return cast(torch.Tensor, self.act(inner + shortcut))
+
+
+class _SegResNetBlock(ResBlock):  # type: ignore[misc]
+    """SegResNet's block, likewise."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.conv1(self.act(self.norm1(x)))
+        return cast(torch.Tensor, self.conv2(self.act(self.norm2(inner))) + x)
+
+
+class _DynUNetBlock(UnetResBlock):  # type: ignore[misc]
+    """DynUNet's residual block, likewise."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.norm2(self.conv2(self.lrelu(self.norm1(self.conv1(x)))))
+        shortcut = self.norm3(self.conv3(x)) if hasattr(self, "conv3") else x
+        return cast(torch.Tensor, self.lrelu(inner + shortcut))
+
+
+#: Blocks of MONAI that add in place, and ours that compute the same.
+_ADDING: Final[dict[type[nn.Module], type[nn.Module]]] = {
+    ResNetBlock: _ResNetBlock,
+    ResBlock: _SegResNetBlock,
+    UnetResBlock: _DynUNetBlock,
+}
+
+
 def _sizes(values: list[Any]) -> list[Any]:
     return [tuple(value) if isinstance(value, list) else value for value in values]
 
@@ -133,7 +170,7 @@ def _dynunet(a: DynUNetArguments, dimensions: int, inputs: int, outputs: int) ->
 
 
 def _segresnet(a: SegResNetArguments, dimensions: int, inputs: int, outputs: int) -> nn.Module:
-    return SegResNet(
+    network = SegResNet(
         spatial_dims=dimensions,
         in_channels=inputs,
         out_channels=outputs,
@@ -145,6 +182,9 @@ def _segresnet(a: SegResNetArguments, dimensions: int, inputs: int, outputs: int
         norm=norm_of(a),
         dropout_prob=a.dropout_prob or None,
     )
+    # Held here and in the last block, so that a trained activation would have two names.
+    del network.act_mod
+    return network
 
 
 def _densenet121(a: DenseNet121Arguments, dimensions: int, inputs: int, outputs: int) -> nn.Module:
@@ -192,7 +232,13 @@ BUILDERS: dict[str, Callable[[Any, int, int, int], nn.Module]] = {
 
 
 def build(
-    name: str, arguments: NetworkArguments, *, dimensions: int, inputs: int, outputs: int
+    name: str,
+    arguments: NetworkArguments,
+    *,
+    dimensions: int,
+    inputs: int,
+    outputs: int,
+    normalise: bool = False,
 ) -> nn.Module:
     """Build a registered network.
 
@@ -206,36 +252,53 @@ def build(
         2 or 3.
     inputs, outputs : int
         Channels of the image; classes.
+    normalise : bool
+        Replace batch norm by group norm.
 
     Returns
     -------
     torch.nn.Module
         Takes ``(N, inputs, *size)``; gives logits ``(N, outputs, *size)`` for segmentation,
-        ``(N, outputs)`` for classification. No batch norm, nothing in place.
+        ``(N, outputs)`` for classification. Nothing in place, every tensor float32.
     """
     network = BUILDERS[name](arguments, dimensions, inputs, outputs)
-    replace_batch_norm(network, arguments)
+    if arguments.norm != "batch" or normalise:
+        replace_batch_norm(network, arguments)
     for module in network.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # layers that MONAI gives no argument for
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # The counter of batches is an integer and has no mean over sites; torch needs it only
+            # to weigh all batches alike, which it does not do with a momentum.
+            module.num_batches_tracked = None
+        module.__class__ = _ADDING.get(type(module), type(module))
     return network
 
 
+def batch_norms(network: nn.Module) -> list[str]:
+    """Return the paths of all batch norms."""
+    return [
+        path
+        for path, layer in network.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    ]
+
+
 def replace_batch_norm(network: nn.Module, arguments: NetworkArguments) -> None:
-    """Replace every batch norm that MONAI left by the normalisation asked for, in place.
+    """Replace every batch norm by the normalisation asked for, or else by group norm; in place.
 
     ResNet of MONAI 1.6 hands ``norm`` to its first layer only: resnet18 keeps 19 of 20.
     """
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.modules.batchnorm._BatchNorm):
-                continue
-            channels = child.num_features
-            norm: nn.Module
-            if arguments.norm == "group":
-                norm = nn.GroupNorm(arguments.groups, channels)
-            else:
-                three = isinstance(child, nn.BatchNorm3d)
-                kind = nn.InstanceNorm3d if three else nn.InstanceNorm2d
-                norm = kind(channels, affine=True)
-            setattr(parent, name, norm)
+    for path in batch_norms(network):
+        parent, _, name = path.rpartition(".")
+        layer: Any = network.get_submodule(path)
+        channels = layer.num_features
+        norm: nn.Module
+        if arguments.norm == "instance":
+            three = isinstance(layer, nn.BatchNorm3d)
+            kind = nn.InstanceNorm3d if three else nn.InstanceNorm2d
+            norm = kind(channels, affine=True)
+        else:
+            groups = max(g for g in range(1, arguments.groups + 1) if channels % g == 0)
+            norm = nn.GroupNorm(groups, channels)
+        setattr(network.get_submodule(parent), name, norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from consilium_common.models.arguments import (
     SegResNetArguments,
     UNetArguments,
 )
-from consilium_common.models.weights import Array, TensorSpec
+from consilium_common.models.weights import Array, TensorSpec, check_tensors, unpack
 from consilium_common.study.problems import Problem, nearest, problems_of, raise_problems
 from consilium_common.study.schema import Study
 
@@ -33,12 +34,17 @@ __all__ = [
     "initial_weights",
     "network_arguments",
     "network_problems",
+    "normalised_layers",
+    "outline",
     "parameter_count",
+    "start_weights",
     "tensor_specs",
+    "trained_count",
+    "trained_specs",
     "validate_network",
 ]
 
-#: Largest number of trained values: 800 MB of float32 a round and site.
+#: Largest number of values: 800 MB of float32 a round and site.
 MAX_PARAMETERS: Final = 200_000_000
 
 
@@ -121,6 +127,13 @@ def _fit(study: Study, arguments: NetworkArguments) -> Iterator[Problem]:
             text = f"`groups` {arguments.groups} does not divide {odd[0]} channels"
             fitting = _groups_for(channels, arguments.groups)
             yield Problem(("model", "arguments", "groups"), f"{text}; take groups: {fitting}")
+    if (
+        arguments.norm == "batch"
+        and "groups" in arguments.model_fields_set
+        and not study.model.normalise
+    ):
+        text = "`groups` belongs to norm: group, or to batch norm with `model.normalise: true`"
+        yield Problem(("model", "arguments", "groups"), text)
     yield from _size_problems(study, arguments)
 
 
@@ -155,11 +168,17 @@ def _size_problems(study: Study, arguments: NetworkArguments) -> Iterator[Proble
         return
     # torch refuses to normalise a single value.
     alone = [one for one in levels if all(n == 1 for n in arguments.size_at(one, size))]
-    if alone and arguments.norm == "instance":
+    if alone and not (arguments.norm == "group" or study.model.normalise):
         text = f"`{key}` {size} leaves one voxel at the deepest level, which has no statistics"
         yield Problem(path, f"{text}; take twice the size, or `model.arguments.norm: group`")
-    elif any(level.channels == arguments.groups for level in alone):
-        text = f"`{key}` {size} leaves one voxel at a level of {arguments.groups} channels"
+        return
+    single = [
+        level.channels
+        for level in alone
+        if _groups_for((level.channels,), arguments.groups) == level.channels
+    ]
+    if single:
+        text = f"`{key}` {size} leaves one voxel at a level of {single[0]} channels"
         yield Problem(path, f"{text}; take twice the size, or fewer `model.arguments.groups`")
 
 
@@ -174,7 +193,8 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _build(study: Study) -> nn.Module:
+def _build(study: Study, *, normalise: bool) -> nn.Module:
+    """Build the network without adapters, everything trained."""
     arguments = network_arguments(study)
     from consilium_common.models.networks import build
 
@@ -184,15 +204,31 @@ def _build(study: Study) -> nn.Module:
         dimensions=study.task.dimensions,
         inputs=len(study.task.inputs),
         outputs=len(study.task.classes),
+        normalise=normalise,
     )
 
 
-def _outline(study: Study) -> nn.Module:
-    """Build the network without memory: shapes only, however large."""
+def _complete(study: Study) -> nn.Module:
+    """Build the network as it is trained."""
+    network = _build(study, normalise=study.model.normalise)
+    from consilium_common.models.trainable import choose_trainable
+
+    choose_trainable(network, study.model.trainable, study.model.adapter_rank)
+    return network
+
+
+def outline(study: Study) -> nn.Module:
+    """Build the network on torch's meta device: layers and shapes without memory for weights.
+
+    Raises
+    ------
+    ConsiliumError
+        As :func:`build_network`.
+    """
     import torch
 
     with torch.device("meta"):
-        network = _build(study)
+        network = _complete(study)
     count = sum(parameter.numel() for parameter in network.parameters())
     if count > MAX_PARAMETERS:
         raise ConsiliumError(
@@ -207,7 +243,9 @@ def _outline(study: Study) -> nn.Module:
 def build_network(study: Study) -> nn.Module:
     """Build the study's network on the CPU, in training mode, with its initial weights.
 
-    The weights follow from ``training.seed`` alone; torch's own generators are left untouched.
+    Batch norm is replaced where the study says ``normalise``, adapters are added where it asks for
+    them, and ``requires_grad`` says what is trained. The weights, those of adapters too, follow
+    from ``training.seed`` alone; torch's own generators are left untouched.
 
     Returns
     -------
@@ -218,29 +256,115 @@ def build_network(study: Study) -> nn.Module:
     Raises
     ------
     ConsiliumError
-        ``study.network``: as :func:`validate_network`, or more than :data:`MAX_PARAMETERS`.
+        ``study.network``: as :func:`validate_network`, or more than :data:`MAX_PARAMETERS`;
+        ``study.trainable``: a pattern of ``model.trainable`` matches nothing.
     """
-    _outline(study)
+    outline(study)
     with _seeded(study.training.seed):
-        return _build(study)
+        return _complete(study)
+
+
+def normalised_layers(study: Study) -> tuple[str, ...]:
+    """Return the paths of the batch norms that ``model.normalise`` turns into group norms."""
+    if not study.model.normalise:
+        return ()
+    import torch
+
+    from consilium_common.models.networks import batch_norms
+
+    with torch.device("meta"):
+        return tuple(batch_norms(_build(study, normalise=False)))
 
 
 def initial_weights(study: Study) -> dict[str, Array]:
-    """Return the weights a study starts from, float32 by name, sorted. As `build_network`."""
+    """Return the weights that follow from the seed, float32 by name, sorted. As `build_network`.
+
+    A study with a public start begins with :func:`start_weights` instead.
+    """
     network = build_network(study)
     from consilium_common.models.state import read_weights
 
     return read_weights(network)
 
 
+def start_weights(study: Study, blob: bytes) -> dict[str, Array]:
+    """Return the weights a study with a public start begins with, float32 by name, sorted.
+
+    Parameters
+    ----------
+    study : Study
+        With ``model.start``.
+    blob : bytes
+        The safetensors file: exactly the network's tensors before adapters, after ``normalise``.
+
+    Returns
+    -------
+    dict of str to ndarray
+        The file's tensors, and adapters as they begin: the function is the file's.
+
+    Raises
+    ------
+    ConsiliumError
+        ``study.start``: the study names no start, the file is another than the one named, or its
+        tensors are not the network's; otherwise as :func:`build_network`.
+    """
+    start = study.model.start
+    if start is None:
+        raise ConsiliumError(
+            "study.start",
+            "The study begins from its seed; it names no public start.",
+            where=f"study {study.name}",
+            hint="Give model.start in the study, or leave the file of weights out.",
+        )
+    found = hashlib.sha256(blob).hexdigest()
+    if found != start.sha256:
+        raise ConsiliumError(
+            "study.start",
+            f"The file of weights has SHA-256 {found}, and the study names {start.sha256}.",
+            where="model.start.sha256",
+            hint="Hand over the file that the sites approved, or propose a study that names this.",
+        )
+    network = build_network(study)
+    from consilium_common.models.state import read_weights
+    from consilium_common.models.trainable import base_names
+
+    weights, names = read_weights(network), base_names(network)
+    specs = [TensorSpec(name, weights[here].shape) for name, here in names.items()]
+    try:
+        tensors = unpack(blob)
+        check_tensors(tensors, specs, norm_bound=None)
+    except ConsiliumError as error:
+        raise ConsiliumError(
+            "study.start",
+            f"The public start does not fit the network. {error.message}",
+            where="model.start",
+            hint="Pre-train the very network of the study, before adapters, and write float32 "
+            "safetensors without metadata.",
+        ) from error
+    return weights | {names[name]: tensor for name, tensor in tensors.items()}
+
+
 def tensor_specs(study: Study) -> tuple[TensorSpec, ...]:
-    """Return name, shape and dtype of every exchanged tensor, sorted by name."""
-    network = _outline(study)
+    """Return name, shape and dtype of every tensor of the network, sorted by name."""
+    network = outline(study)
     from consilium_common.models.state import specs_of
 
     return specs_of(network)
 
 
+def trained_specs(study: Study) -> tuple[TensorSpec, ...]:
+    """Return the specs of what is trained, sent and aggregated, sorted by name."""
+    network = outline(study)
+    from consilium_common.models.state import trained_specs_of
+
+    return trained_specs_of(network)
+
+
 def parameter_count(study: Study) -> int:
-    """Return how many values the study trains."""
-    return sum(parameter.numel() for parameter in _outline(study).parameters())
+    """Return how many parameters the network has, trained or frozen, adapters included."""
+    return sum(parameter.numel() for parameter in outline(study).parameters())
+
+
+def trained_count(study: Study) -> int:
+    """Return how many values the study trains: those that privacy noise is added to."""
+    return sum(p.numel() for p in outline(study).parameters() if p.requires_grad)

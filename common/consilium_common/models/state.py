@@ -20,6 +20,16 @@ def named_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
+def trained_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what training changes: parameters that are not frozen, and persistent buffers.
+
+    Buffers are the running statistics of batch norm, in studies without privacy only.
+    """
+    for name, tensor in named_tensors(network):
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
+            yield name, tensor
+
+
 def specs_of(network: nn.Module) -> tuple[TensorSpec, ...]:
     """Return the specs of all exchanged tensors, sorted by name.
 
@@ -29,8 +39,17 @@ def specs_of(network: nn.Module) -> tuple[TensorSpec, ...]:
         A tensor is not float32. No registered network has one, and an integer buffer (a counter
         of batches, for example) has no mean over sites.
     """
+    return _specs(named_tensors(network))
+
+
+def trained_specs_of(network: nn.Module) -> tuple[TensorSpec, ...]:
+    """Return the specs of what training changes, sorted by name. Raises as :func:`specs_of`."""
+    return _specs(trained_tensors(network))
+
+
+def _specs(tensors: Iterator[tuple[str, torch.Tensor]]) -> tuple[TensorSpec, ...]:
     specs = []
-    for name, tensor in named_tensors(network):
+    for name, tensor in tensors:
         if tensor.dtype != torch.float32:
             raise ValueError(f"tensor {name} is {tensor.dtype}, not {DTYPE}")
         specs.append(TensorSpec(name, tuple(tensor.shape)))
@@ -39,9 +58,18 @@ def specs_of(network: nn.Module) -> tuple[TensorSpec, ...]:
 
 def read_weights(network: nn.Module) -> dict[str, Array]:
     """Return copies of all exchanged tensors as float32 arrays, sorted by name."""
+    return _read(named_tensors(network))
+
+
+def read_trained(network: nn.Module) -> dict[str, Array]:
+    """Return copies of what training changes, as float32 arrays, sorted by name: the update."""
+    return _read(trained_tensors(network))
+
+
+def _read(tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, Array]:
     found = {
         name: np.array(tensor.detach().cpu().numpy(), dtype=np.float32, copy=True)
-        for name, tensor in named_tensors(network)
+        for name, tensor in tensors
     }
     return {name: found[name] for name in sorted(found)}
 

@@ -196,7 +196,7 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
 
     def coarse(n: int) -> bool:
         event = PrivacyEvent(sampling_rate, _noise(n), steps)
-        if _rough((event,), delta) > 4 * epsilon + 20:
+        if rough((event,), delta) > 4 * epsilon + 20:
             return False  # far away: no need for a grid
         return _pld_epsilon_at((event,), delta, interval) <= epsilon
 
@@ -228,6 +228,7 @@ def parameters(study: Study) -> PrivacyParameters | None:
     if sigma is None:
         assert privacy.epsilon is not None  # the schema asks for one of the two
         sigma = calibrate(privacy.epsilon, privacy.delta, privacy.sampling_rate, study.total_steps)
+    released = len(study.evaluations) if study.evaluation.epsilon is not None else 0
     return PrivacyParameters(
         sampling_rate=privacy.sampling_rate,
         clip_norm=privacy.clip_norm,
@@ -235,6 +236,10 @@ def parameters(study: Study) -> PrivacyParameters | None:
         steps_per_round=study.training.steps_per_round,
         rounds=study.federation.rounds,
         delta=privacy.delta,
+        evaluations=released,
+        evaluation_noise=calibrate(study.evaluation.epsilon, privacy.delta, 1.0, released)
+        if study.evaluation.epsilon is not None
+        else None,
     )
 
 
@@ -286,7 +291,7 @@ def _first_true(holds: Any, low: int, high: int, *, start: int, stride: int = 0)
 def _epsilon_pld(history: History, delta: float) -> float:
     if not history:
         return 0.0
-    ceiling = _rough(history, delta)
+    ceiling = rough(history, delta)
     if ceiling > MEANINGLESS:
         return _epsilon_rdp(history, delta)
     steps = sum(event.steps for event in history if event.sampling_rate < 1)
@@ -301,16 +306,16 @@ def _epsilon_pld(history: History, delta: float) -> float:
 
 
 def _pld_epsilon_at(history: History, delta: float, interval: float) -> float:
-    return float(_composed(history, interval).get_epsilon_for_delta(delta))
+    return float(composed(history, interval).get_epsilon_for_delta(delta))
 
 
 # Each distribution is a few megabytes; histories that begin alike share their beginning.
 @functools.lru_cache(maxsize=48)
-def _composed(history: History, interval: float) -> Any:
+def composed(history: History, interval: float) -> Any:
     *rest, last = history
     if not rest:
         return _distribution(last, interval)
-    return _composed(tuple(rest), interval).compose(_distribution(last, interval))
+    return composed(tuple(rest), interval).compose(_distribution(last, interval))
 
 
 @functools.lru_cache(maxsize=32)
@@ -346,7 +351,7 @@ def _epsilon_rdp(history: History, delta: float) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _rough(history: History, delta: float) -> float:
+def rough(history: History, delta: float) -> float:
     return _renyi(history, delta, _ROUGH_ORDERS)
 
 

@@ -16,6 +16,9 @@ ADJACENCY: Final = "add-or-remove-one"
 #: The one mechanism that is charged: the Gaussian on a Poisson sample of the patients.
 MECHANISM: Final = "poisson-subsampled-gaussian"
 
+#: Most that one patient moves the sum of a released evaluation: scores in [0, 1], less a half.
+SCORE_SENSITIVITY: Final = 0.5
+
 #: A patient's whole past in canonical form: equal pasts are equal values (see :func:`grouped`).
 History = tuple["PrivacyEvent", ...]
 
@@ -107,6 +110,12 @@ class PrivacyParameters:
         Local steps T of a round, and rounds R.
     delta : float
         δ at which the study states its ε.
+    evaluations : int
+        Released evaluations over the study, 0 where none are released.
+    evaluation_noise : float or None
+        Noise multiplier of one released evaluation: the standard deviation of the noise on the sum
+        of patients' scores is half of it, because scores in [0, 1] are centred at a half. None
+        where none are released.
     """
 
     sampling_rate: float
@@ -115,6 +124,8 @@ class PrivacyParameters:
     steps_per_round: int
     rounds: int
     delta: float
+    evaluations: int = 0
+    evaluation_noise: float | None = None
 
     @property
     def event_per_round(self) -> PrivacyEvent:
@@ -122,8 +133,20 @@ class PrivacyParameters:
         return PrivacyEvent(self.sampling_rate, self.noise_multiplier, self.steps_per_round)
 
     @property
+    def evaluation_event(self) -> PrivacyEvent | None:
+        """What one released evaluation costs every patient it scores; None where none are."""
+        if self.evaluation_noise is None:
+            return None
+        return PrivacyEvent(sampling_rate=1.0, noise_multiplier=self.evaluation_noise, steps=1)
+
+    @property
+    def evaluation_deviation(self) -> float | None:
+        """Standard deviation of the noise on one released sum of scores; None without any."""
+        return None if self.evaluation_noise is None else self.evaluation_noise * SCORE_SENSITIVITY
+
+    @property
     def event_total(self) -> PrivacyEvent:
-        """What the whole study costs every patient of the cohort."""
+        """What the training of the whole study costs every patient of the cohort."""
         return self.event_of(self.rounds)
 
     def event_of(self, rounds: int) -> PrivacyEvent:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -49,6 +50,8 @@ class SiteEpsilon(Part):
     #: ε of the patient with the greatest loss over all studies at this site, and its limit.
     spent: float | None = None
     budget: float | None = None
+    #: ε of the patients who are evaluated on; they are others than those trained on.
+    evaluation: float | None = None
 
 
 class Egress(Part):
@@ -102,6 +105,31 @@ class Score(Part):
     cases: Count | None = None
 
 
+class NoisyScore(Part):
+    """Mean score over all sites' test patients, from sums that each site noised and charged."""
+
+    #: 0: the starting model, before any private step.
+    rounds_done: Count
+    #: Noise may take it out of [0, 1].
+    score: float
+    #: Of the noise alone.
+    standard_error: Annotated[float, Field(gt=0)]
+    sites: Count
+    #: Patients evaluated on, as the sites declared.
+    patients: Count
+
+    @classmethod
+    def of(cls, evaluation: Mapping[str, Any]) -> Self:
+        """Read one of the `evaluations` of `study show --json` that has a ``score``."""
+        return cls(
+            rounds_done=evaluation["rounds_done"],
+            score=evaluation["score"],
+            standard_error=evaluation["standard_error"],
+            sites=len(evaluation["sites"]),
+            patients=evaluation["patients"],
+        )
+
+
 class AttackerBound(Part):
     """The best any test for a patient's presence can do, at a rate of false alarms."""
 
@@ -114,7 +142,7 @@ class PrivacyReport(Part):
 
     unit: str = "the patient: all scans, slices, patches and augmentations of one are one record"
     adjacency: str = "add or remove one patient"
-    #: Whom the promise protects against, in words.
+    #: Who adds the noise and whom the promise protects against, in words.
     threat_model: str = ""
     sampling_rate: float
     clip_norm: float
@@ -122,6 +150,9 @@ class PrivacyReport(Part):
     #: Noisy steps over the whole study, at each site.
     steps: Count
     delta: float
+    #: Released evaluations, and the standard deviation of the noise on each sum of scores.
+    evaluations: Count = 0
+    evaluation_noise: float | None = None
     #: At the largest ε of the sites.
     attacker_bounds: tuple[AttackerBound, ...] = ()
 
@@ -166,6 +197,8 @@ class StudyReport(Part):
     sites: tuple[SiteReport, ...] = ()
     rounds: tuple[RoundReport, ...] = ()
     scores: tuple[Score, ...] = ()
+    #: Evaluations that sites released as private queries, in order.
+    noisy_scores: tuple[NoisyScore, ...] = ()
     privacy: PrivacyReport | None = None
     pictures: tuple[Picture, ...] = ()
     #: What else the reader should know, one sentence each.

@@ -18,7 +18,7 @@ PALETTE: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B57900", "#4A90C
 _MARKERS: Final = "osD^vPX"
 _DASHES: Final[tuple[Any, ...]] = ("-", (0, (6, 2)), (0, (2, 1.4)), (0, (7, 2, 1.5, 2)))
 _INK: Final = "#1c2733"
-_MUTED: Final = "#55616f"
+MUTED: Final = "#55616f"
 _GRID: Final = "#e3e7ec"
 _STYLE: Final = {
     "font.family": "sans-serif",
@@ -29,7 +29,7 @@ _STYLE: Final = {
     "svg.fonttype": "path",
     "svg.hashsalt": "consilium",
     "axes.edgecolor": "#aab3bd",
-    "axes.labelcolor": _MUTED,
+    "axes.labelcolor": MUTED,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlecolor": _INK,
@@ -40,8 +40,8 @@ _STYLE: Final = {
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "grid.color": _GRID,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "legend.frameon": False,
     "legend.labelcolor": _INK,
     "legend.fontsize": 9,
@@ -74,7 +74,7 @@ def over_rounds(
     bytes
         An SVG image.
     """
-    with _figure() as (figure, axes):
+    with drawing() as (figure, axes):
         for index, (name, (rounds, values)) in enumerate(curves.items()):
             finite = [value if math.isfinite(value) else math.nan for value in values]
             axes.plot(
@@ -89,14 +89,14 @@ def over_rounds(
                 label=name,
             )
         for name, value in (limits or {}).items():
-            axes.axhline(value, color=_MUTED, linestyle=(0, (5, 3)), linewidth=1.2)
+            axes.axhline(value, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.2)
             axes.annotate(
                 name,
                 (0.0, value),
                 xycoords=("axes fraction", "data"),
                 xytext=(4, 3),
                 textcoords="offset points",
-                color=_MUTED,
+                color=MUTED,
                 fontsize=9,
             )
         _round_axis(axes, last)
@@ -114,7 +114,7 @@ def over_rounds(
                 columnspacing=1.4,
                 borderaxespad=0,
             )
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def round_times(seconds: Sequence[tuple[int, float, bool]], *, title: str, last: int) -> bytes:
@@ -122,7 +122,7 @@ def round_times(seconds: Sequence[tuple[int, float, bool]], *, title: str, last:
 
     Rounds with a site missing are hatched as well as coloured.
     """
-    with _figure(height=2.1) as (figure, axes):
+    with drawing(height=2.1) as (figure, axes):
         for complete, color, hatch, label in (
             (True, PALETTE[0], "", "all sites answered"),
             (False, "#E69F00", "////", "a site was missing"),
@@ -144,11 +144,11 @@ def round_times(seconds: Sequence[tuple[int, float, bool]], *, title: str, last:
         axes.set_title(title, pad=24 if mixed else 10)
         if mixed:
             axes.legend(loc="lower left", bbox_to_anchor=(-0.012, 0.99), ncols=2, borderaxespad=0)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 @contextmanager
-def _figure(height: float = 2.7) -> Iterator[tuple[Figure, Axes]]:
+def drawing(height: float = 2.7) -> Iterator[tuple[Figure, Axes]]:
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -168,7 +168,7 @@ def _round_axis(axes: Axes, last: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
 
 
-def _svg(figure: Figure) -> bytes:
+def as_svg(figure: Figure) -> bytes:
     stream = io.BytesIO()
     # Without a date, so that equal reports are equal files.
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

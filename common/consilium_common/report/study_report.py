@@ -35,6 +35,7 @@ _FILTERS: Final = (
     wording.moment,
     wording.number,
     wording.percent,
+    wording.plus_minus,
     wording.plural,
     wording.score,
 )
@@ -183,6 +184,10 @@ def _tiles(data: StudyReport, tables: list[ScoreTable]) -> list[Tile]:
             over = "mean over classes" if table.has_mean else table.columns[0]
             over += ", all sites" if totals else ", mean over sites"
             tiles.append(Tile(table.metric, wording.score(sum(means) / len(means)), over))
+    if data.noisy_scores:
+        last = data.noisy_scores[-1]
+        of = f"after round {last.rounds_done}" if last.rounds_done else "of the starting model"
+        tiles.append(Tile("Score, noised", wording.plus_minus(last.score, last.standard_error), of))
     private = [site.epsilon for site in data.sites if site.epsilon is not None]
     if private:
         worst = max(private, key=lambda one: one.pld)
@@ -256,6 +261,7 @@ def _columns(sites: Iterable[SiteReport]) -> dict[str, bool]:
         "has_rdp": any(one.rdp is not None for one in private),
         "has_spent": any(one.spent is not None for one in private),
         "has_budget": any(one.budget is not None for one in private),
+        "has_evaluation": any(one.evaluation is not None for one in private),
     }
 
 

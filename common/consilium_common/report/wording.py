@@ -42,6 +42,15 @@ def score(value: float | None) -> str:
     return NONE if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
+def plus_minus(value: float, error: float) -> str:
+    """Write a noised score with the standard error of its noise: .82 ± .04."""
+
+    def short(number: float) -> str:
+        return f"{number:.2f}".replace("0.", ".", 1) if abs(number) < 1 else f"{number:.2f}"
+
+    return f"{short(value)} ± {short(error)}"
+
+
 def percent(value: float) -> str:
     """Write a share as a percentage, rounded up at its last digit: it is a bound."""
     scaled = value * 100

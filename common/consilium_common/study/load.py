@@ -99,7 +99,11 @@ def _depth(value: Any) -> int:
 
 def _validate(value: dict[str, Any]) -> tuple[list[Problem], Study | None]:
     """Return every problem, or the study."""
-    problems = literal_problems(value.get("model"), ("model",))
+    model = value.get("model")
+    if isinstance(model, dict):
+        # Patterns and free text are no literals of the registry; the schema says what they are.
+        model = {key: item for key, item in model.items() if key not in ("trainable", "start")}
+    problems = literal_problems(model, ("model",))
     guarded = {problem.path for problem in problems}
     try:
         study = Study.model_validate(value, strict=True)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from consilium_common.study.document import dotted, printable
+from consilium_common.privacy.noise import patients_needed
+from consilium_common.study.document import printable
+from consilium_common.study.rules import check_mechanism, check_network
 from consilium_common.study.schema import Study
+from consilium_common.study.words import (
+    count_of,
+    duration_of,
+    number_of,
+    size_in_words,
+    sizes_of,
+)
 
 if TYPE_CHECKING:
     from consilium_common.privacy.events import PrivacyParameters
@@ -20,9 +29,13 @@ class Cost:
     Attributes
     ----------
     parameters : int
-        Values that are trained.
+        Parameters of the network, adapters included.
+    trained : int
+        Those of them that are trained, and noised with privacy.
+    normalised : tuple of str
+        Paths of the batch norms that become group norms.
     tensors : int
-        Tensors that are exchanged.
+        Tensors that every update has.
     bytes_per_round : int
         Bytes of one packed update, which leaves every site every round; exact.
     privacy : PrivacyParameters or None
@@ -32,14 +45,20 @@ class Cost:
         patient, adjacency add or remove one. None without privacy.
     epsilon_per_round : float or None
         ε of the first round alone. Rounds compose: their ε do not add up.
+    evaluation_epsilon : float or None
+        ε of all released evaluations for a patient whom they score; None where none are released.
+        A site trains on some patients and scores others, so that nobody pays both.
     """
 
     parameters: int
+    trained: int
+    normalised: tuple[str, ...]
     tensors: int
     bytes_per_round: int
     privacy: PrivacyParameters | None
     epsilon: float | None
     epsilon_per_round: float | None
+    evaluation_epsilon: float | None
 
 
 @dataclass(frozen=True)
@@ -56,28 +75,40 @@ def cost(study: Study) -> Cost:
     Raises
     ------
     ConsiliumError
-        ``study.network``, or ``privacy.…`` where the ε asked for cannot be reached.
+        ``study.network`` or ``study.trainable``; ``privacy.…`` where the ε asked for cannot be
+        reached, or the network or the clipping cannot keep the promise.
     """
     # Arithmetic first: it is the quicker to fail, and needs no torch.
     from consilium_common.privacy.accounting import epsilon_of, parameters
 
     privacy = parameters(study)
-    epsilon = epsilon_per_round = None
+    epsilon = epsilon_per_round = evaluation_epsilon = None
     if privacy is not None:
+        check_mechanism(study, privacy)
         epsilon = epsilon_of([privacy.event_total], privacy.delta)
         epsilon_per_round = epsilon_of([privacy.event_per_round], privacy.delta)
+        if privacy.evaluation_event is not None:
+            events = [privacy.evaluation_event] * privacy.evaluations
+            evaluation_epsilon = epsilon_of(events, privacy.delta)
 
-    from consilium_common.models.registry import parameter_count, tensor_specs
+    from consilium_common.models.registry import normalised_layers, outline
     from consilium_common.models.weights import packed_size
 
-    specs = tensor_specs(study)
+    network = outline(study)
+    check_network(study, network)
+    from consilium_common.models.state import trained_specs_of
+
+    specs = trained_specs_of(network)
     return Cost(
-        parameters=parameter_count(study),
+        parameters=sum(p.numel() for p in network.parameters()),
+        trained=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        normalised=normalised_layers(study),
         tensors=len(specs),
         bytes_per_round=packed_size(specs),
         privacy=privacy,
         epsilon=epsilon,
         epsilon_per_round=epsilon_per_round,
+        evaluation_epsilon=evaluation_epsilon,
     )
 
 
@@ -104,8 +135,9 @@ def sections(study: Study, price: Cost) -> tuple[Section, ...]:
         Section("What is trained", tuple(_trained(study, price))),
         Section("On what", tuple(_images(study))),
         Section("How", tuple(_training(study))),
+        Section("Evaluation at the sites", tuple(_evaluation(study, price))),
         Section("What leaves a site", tuple(_leaves(study, price))),
-        Section("Privacy", tuple(_privacy(price))),
+        Section("Privacy", tuple(_privacy(study, price))),
     )
 
 
@@ -113,18 +145,41 @@ def _trained(study: Study, price: Cost) -> Iterable[str]:
     from consilium_common.models.registry import NETWORKS, network_arguments
 
     task, arguments = study.task, network_arguments(study)
-    norm = f"group norm of {arguments.groups} groups"
-    if arguments.norm == "instance":
-        norm = "instance norm"
+    norm = f"{arguments.norm} norm"
+    if arguments.norm == "group":
+        norm += f" of {arguments.groups} groups"
     title = NETWORKS[study.model.network].title
-    yield (
-        f"{title}, {_count(price.parameters, 'parameter')} in {_count(price.tensors, 'tensor')}, "
-        f"{norm}, all trained from seed {study.training.seed}."
-    )
+    yield f"{title}, {count_of(price.parameters, 'parameter')}, {norm}."
+    if price.normalised:
+        became = "becomes" if len(price.normalised) == 1 else "become"
+        yield f"{count_of(len(price.normalised), 'batch norm')} {became} group norm."
+    elif study.model.normalise:
+        yield "There is no batch norm to replace: normalise changes nothing."
+    which = study.model.trainable
+    if which == "all":
+        yield "All of them are trained."
+    else:
+        what = {
+            "first+last": "the first and the last layer",
+            "adapters": f"adapters of rank {study.model.adapter_rank} at most, and the last layer",
+        }.get(which if isinstance(which, str) else "") or printable(", ".join(which))
+        yield (
+            f"Trained: {price.trained:,} of {count_of(price.parameters, 'value')} ({what}); "
+            "the rest stays as it began."
+        )
+    start = study.model.start
+    if start is not None:
+        yield (
+            f"Begins with public weights (SHA-256 {start.sha256[:16]}…), trained on: "
+            f"{printable(start.data, 500)}"
+        )
+    else:
+        frozen = "" if which == "all" else " What stays as it began stays random."
+        yield f"Begins with random weights, from seed {study.training.seed}.{frozen}"
     kind = "multi-label classification" if task.multi_label else task.kind
     yield (
-        f"{task.dimensions}D {kind}: {_count(len(task.inputs), 'input channel')} "
-        f"({', '.join(task.inputs)}) to {_count(len(task.classes), 'class')} "
+        f"{task.dimensions}D {kind}: {count_of(len(task.inputs), 'input channel')} "
+        f"({', '.join(task.inputs)}) to {count_of(len(task.classes), 'class')} "
         f"({', '.join(task.classes)})."
     )
 
@@ -134,31 +189,33 @@ def _images(study: Study) -> Iterable[str]:
     if task.dimensions == 3 and steps.orientation != "none":
         yield f"Volumes are turned to {steps.orientation}."
     if steps.spacing is not None:
-        yield f"Resampled to {_sizes(steps.spacing)} mm."
+        yield f"Resampled to {sizes_of(steps.spacing)} mm."
     else:
         yield "Each image keeps its own voxel size."
     if steps.size is not None:
         how = "Resized" if task.kind == "classification" else "Padded or cropped"
-        yield f"{how} to {_sizes(steps.size)} voxels."
+        yield f"{how} to {sizes_of(steps.size)} voxels."
     intensity = steps.intensity
     yield {
         "zscore": "Intensities: each image to mean 0 and standard deviation 1, by its own values.",
         "percentile": "Intensities: scaled between each image's own percentiles.",
-        "window": f"Intensities: {_number(intensity.low)} to {_number(intensity.high)} "
+        "window": f"Intensities: {number_of(intensity.low)} to {number_of(intensity.high)} "
         "(Hounsfield units for CT) become 0 to 1, the rest is cut off.",
         "none": "Intensities stay as they are.",
     }[intensity.kind]
     training = study.training
     if training.patch is not None:
         share = f"{training.foreground_share:.0%}"
-        yield f"Trained on patches of {_sizes(training.patch)}, {share} centred on foreground."
+        yield f"Trained on patches of {sizes_of(training.patch)}, {share} centred on foreground."
     changes = [
-        f"{name} {_number(value)}"
+        f"{name} {number_of(value)}"
         for name, value in training.augmentation.model_dump().items()
-        if value
+        if value and name != "copies"
     ]
     if changes:
-        yield f"Random changes while training: {', '.join(changes)}."
+        copies = training.augmentation.copies
+        times = f", {copies} times for each image and averaged" if copies > 1 else ""
+        yield f"Random changes while training: {', '.join(changes)}{times}."
 
 
 def _training(study: Study) -> Iterable[str]:
@@ -169,30 +226,45 @@ def _training(study: Study) -> Iterable[str]:
         "focal": "focal loss",
         "bce": "binary cross-entropy per class",
     }[training.loss]
-    name = {"adamw": "AdamW", "sgd": f"SGD with momentum {_number(optimiser.momentum)}"}
+    name = {
+        "adamw": "AdamW",
+        "adamw-bc": "AdamW, its second moment freed of the known variance of the noise",
+        "sgd": f"SGD with momentum {number_of(optimiser.momentum)}",
+    }
     yield (
         f"Loss: {loss}. Optimiser: {name[optimiser.name]}, learning rate "
-        f"{_number(optimiser.learning_rate)} ({optimiser.schedule}), weight decay "
-        f"{_number(optimiser.weight_decay)}."
+        f"{number_of(optimiser.learning_rate)} ({optimiser.schedule}), weight decay "
+        f"{number_of(optimiser.weight_decay)}."
     )
     if study.privacy.mode == "patient":
         yield (
             f"Each patient of a step counts once: one gradient, averaged over "
-            f"{_count(training.patches_per_patient, 'image or patch', 'images or patches')}."
+            f"{count_of(training.patches_per_patient, 'image or patch', 'images or patches')}."
         )
+        yield {
+            "auto": "Gradient engine: chosen at each site by a measured rule; all give the same.",
+            "loop": "Gradient engine: a loop over patients.",
+            "vmap": "Gradient engine: vmap, many patients at once.",
+            "opacus": "Gradient engine: opacus, by hooks.",
+        }[study.privacy.engine]
     else:
-        yield f"{_count(training.batch_size, 'image or patch', 'images or patches')} a step."
+        yield f"{count_of(training.batch_size, 'image or patch', 'images or patches')} a step."
     yield (
-        f"{_count(federation.rounds, 'round')} of {_count(training.steps_per_round, 'step')} at "
-        f"each site: {_count(study.total_steps, 'step')} in all."
+        f"{count_of(federation.rounds, 'round')} of {count_of(training.steps_per_round, 'step')} "
+        f"at each site: {count_of(study.total_steps, 'step')} in all."
     )
+    if federation.averaging:
+        yield (
+            f"The running average of the global models (decay {number_of(federation.averaging)}) "
+            "is evaluated and kept."
+        )
     weights = {
         "uniform": "all sites weigh alike",
         "cohort": "sites weigh by the cohort size they declared publicly",
     }[federation.weighting]
     yield (
-        f"A round needs {_count(federation.quorum, 'site')} and waits at most "
-        f"{_duration(federation.deadline_seconds)}; {weights}."
+        f"A round needs {count_of(federation.quorum, 'site')} and waits at most "
+        f"{duration_of(federation.deadline_seconds)}; {weights}."
     )
     yield (
         "Precision: "
@@ -205,37 +277,84 @@ def _training(study: Study) -> Iterable[str]:
 
 
 def _leaves(study: Study, price: Cost) -> Iterable[str]:
-    rounds = study.federation.rounds
+    from consilium_common.models.registry import network_arguments
+
+    rounds, arguments = study.federation.rounds, network_arguments(study)
     yield (
-        f"Each round one update: {_count(price.tensors, 'tensor')} of float32, "
+        f"Each round one update: {count_of(price.tensors, 'tensor')} of float32, "
         f"{size_in_words(price.bytes_per_round)}; {size_in_words(price.bytes_per_round * rounds)} "
-        f"over {_count(rounds, 'round')}."
+        f"over {count_of(rounds, 'round')}."
     )
     if price.privacy is not None:
         yield "The update is made of clipped, noised gradients only."
     else:
         yield "The update is exact: it is not protected, and can tell about single patients."
-    if study.evaluation.release == "exact":
-        every = study.evaluation.every
-        when = f"every {_count(every, 'round')} and after the last" if every else "after the last"
-        figures = "Dice" if study.task.kind == "segmentation" else "accuracy and AUC"
-        yield f"Exact evaluation figures ({figures} per class), {when}, where policy permits it."
+        if arguments.norm == "batch" and not study.model.normalise:
+            yield "It holds batch norm's running means and variances of the site's images."
+    released = study.evaluation.release
+    figures = "Dice" if study.task.kind == "segmentation" else "accuracy and AUC"
+    if released == "exact":
+        yield f"Exact evaluation figures ({figures} per class), where policy permits it."
         yield "Nothing else: no image, no label, no identity."
+    elif released == "private":
+        yield "Each evaluation one number: the noised sum of the scored patients' scores."
+        yield "Nothing else: no image, no label, no identity, no loss, no exact metric, no count."
     else:
         yield "Nothing else: no image, no label, no identity, no loss, no metric, no count."
 
 
-def _privacy(price: Cost) -> Iterable[str]:
-    mechanism = price.privacy
-    if mechanism is None or price.epsilon is None or price.epsilon_per_round is None:
+def _evaluation(study: Study, price: Cost) -> Iterable[str]:
+    evaluation, after = study.evaluation, study.evaluations
+    shown = [str(number) for number in after if number]
+    listed = ", ".join(shown if len(shown) <= 6 else [*shown[:3], "…", shown[-1]])
+    if after[0] == 0:
+        yield (
+            "The starting model first, before the first private step: nobody should spend budget "
+            "on what they already have."
+        )
+    yield f"After round {listed}." if len(shown) == 1 else f"After rounds {listed}."
+    deviation = price.privacy.evaluation_deviation if price.privacy is not None else None
+    if deviation is not None:
+        yield (
+            f"Released: the sum of one score a patient, between 0 and 1, with noise of standard "
+            f"deviation {number_of(deviation)}."
+        )
+    else:
+        yield {
+            "none": "The figures stay at the site.",
+            "exact": "The exact figures are released.",
+            "private": "",
+        }[evaluation.release]
+    if evaluation.sufficient is not None:
+        yield (
+            f"A starting model that scores {number_of(evaluation.sufficient)} or more ends the "
+            "study before any budget is spent on training."
+        )
+
+
+def _privacy(study: Study, price: Cost) -> Iterable[str]:
+    mechanism, privacy = price.privacy, study.privacy
+    if (
+        mechanism is None
+        or privacy.mode == "none"
+        or price.epsilon is None
+        or price.epsilon_per_round is None
+    ):
         yield "None. Runs only at sites whose policy permits studies without privacy."
         return
     # Beyond 1000 the accountant gives the looser bound: nothing is protected there anyhow.
     how = "PLD" if price.epsilon <= 1000 else "RDP bound; this protects nobody"
     yield (
-        f"ε = {price.epsilon:.3f} at δ = {_number(mechanism.delta)} for each patient who takes "
-        f"part, over the whole study ({how}); the first round alone {price.epsilon_per_round:.3f}."
+        f"Training: ε = {price.epsilon:.3f} at δ = {number_of(mechanism.delta)} for each patient "
+        f"who takes part, over the whole study ({how}); the first round alone "
+        f"{price.epsilon_per_round:.3f}."
     )
+    if price.evaluation_epsilon is not None:
+        yield (
+            f"Evaluation: ε = {price.evaluation_epsilon:.3f} at the same δ for each patient who is "
+            f"scored, over {count_of(mechanism.evaluations, 'released evaluation')}. Those "
+            "patients are not trained on."
+        )
     yield (
         "Unit: the patient, with every image, patch and augmentation. Adjacency: add or remove "
         "one patient."
@@ -246,80 +365,31 @@ def _privacy(price: Cost) -> Iterable[str]:
     )
     yield (
         f"Mechanism: in each step every patient takes part with probability q = "
-        f"{_number(mechanism.sampling_rate)} (Poisson); gradients are clipped to C = "
-        f"{_number(mechanism.clip_norm)}; noise of σ = {_number(mechanism.noise_multiplier)} × C; "
-        f"{_count(mechanism.rounds * mechanism.steps_per_round, 'step')}."
+        f"{number_of(mechanism.sampling_rate)} (Poisson); gradients are clipped to C = "
+        f"{number_of(mechanism.clip_norm)}; noise of σ = {number_of(mechanism.noise_multiplier)} × "
+        f"C; {count_of(mechanism.rounds * mechanism.steps_per_round, 'step')}."
     )
+    clipping = privacy.clipping
+    if clipping.kind == "flat":
+        yield "Clipping: flat; longer gradients are scaled down to C."
+    elif clipping.kind == "automatic":
+        yield (
+            f"Clipping: automatic (AUTO-S, γ = {number_of(clipping.stability)}); every gradient is "
+            "scaled to nearly C."
+        )
+    else:
+        yield (
+            "Clipping: adaptive; C begins at this value and follows the "
+            f"{number_of(clipping.quantile)} quantile of gradient norms by a count with noise "
+            f"{number_of(clipping.count_noise)}, which this ε covers."
+        )
     # The convention of the privacy rules: δ at most 1 / (10 N).
     yield (
-        f"This δ suits a site of up to {_count(int(0.1 / mechanism.delta + 1e-9), 'patient')} "
+        f"This δ suits a site of up to {count_of(int(0.1 / mechanism.delta + 1e-9), 'patient')} "
         "(δ ≤ 1 / (10 N))."
     )
-
-
-def compare(old: Study, new: Study) -> list[str]:
-    """Return one line for each value that differs, by key path; empty when the studies are one."""
-    before, after = _flat(old.to_canonical(), ()), _flat(new.to_canonical(), ())
-    lines = []
-    for key in [*before, *(key for key in after if key not in before)]:
-        if key not in after:
-            lines.append(f"{key}: {_plain(before[key])} is gone")
-        elif key not in before:
-            lines.append(f"{key}: {_plain(after[key])} is new")
-        elif before[key] != after[key] or type(before[key]) is not type(after[key]):
-            lines.append(f"{key}: {_plain(before[key])} → {_plain(after[key])}")
-    return lines
-
-
-def _flat(value: Any, path: tuple[str, ...]) -> dict[str, Any]:
-    """Return the leaves by key path; lists are leaves, and so are empty mappings."""
-    if isinstance(value, dict) and value:
-        return {
-            key: leaf
-            for name, item in value.items()
-            for key, leaf in _flat(item, (*path, name)).items()
-        }
-    return {dotted(path): value} if value != {} else {}
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, list):
-        return f"[{', '.join(_plain(item) for item in value)}]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return _number(value) if isinstance(value, float) else printable(str(value))
-
-
-def size_in_words(count: int) -> str:
-    """Return a number of bytes in decimal units: ``549 kB``."""
-    if count < 1000:
-        return _count(count, "byte")
-    amount = float(count)
-    for unit in ("kB", "MB", "GB", "TB"):
-        amount /= 1000
-        if amount < 999.5 or unit == "TB":
-            break
-    return f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:,.0f} {unit}"
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    plural = many or (f"{one}es" if one.endswith("s") else f"{one}s")
-    return f"{number:,} {one if number == 1 else plural}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.6g}"
-
-
-def _sizes(values: Sequence[float]) -> str:
-    return " × ".join(_number(value) for value in values)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.3g} min"
-    return f"{seconds / 3600:.3g} h"
+    afloat, clear = patients_needed(mechanism, price.trained)
+    yield (
+        f"With {count_of(price.trained, 'trained value')} a site of fewer than "
+        f"{count_of(afloat, 'patient')} drowns in its noise; from {clear:,} on it is clearly heard."
+    )

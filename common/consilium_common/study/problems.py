@@ -80,9 +80,24 @@ def problems_of(
     """
     found = []
     for item in error.errors(include_url=False):
+        if _beside(item):
+            continue
         path, level = _walk(model, item["loc"])
         found.append(_problem(item, (*prefix, *path), level, model))
     return found
+
+
+def _beside(item: Any) -> bool:
+    """Say whether an error is of the half of "a word or a list" that was not meant."""
+    branch = next((str(part) for part in item["loc"] if _is_branch(part)), "")
+    if branch.startswith("literal["):
+        return isinstance(item["input"], list)
+    return branch.startswith("list[") and item["type"] == "list_type"
+
+
+def _is_branch(part: str | int) -> bool:
+    """Say whether a part of a location is pydantic's name for one half of a union without tags."""
+    return isinstance(part, str) and part.startswith(("literal[", "list["))
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -117,7 +132,8 @@ def _problem(item: Any, path: KeyPath, level: set[str], root: type[BaseModel]) -
             text += nearest(word, level)
         return Problem(path, text, "study.unknown-key")
     if kind in ("missing", "union_tag_not_found"):
-        key = key if kind == "missing" else f"{key}.mode"
+        if kind != "missing":
+            key = f"{key}.{_tag(context)}"
         return Problem(path, f"`{key}` is missing")
     if kind == "literal_error":
         options = [word.strip("' ") for word in context["expected"].replace(" or ", ",").split(",")]
@@ -127,8 +143,9 @@ def _problem(item: Any, path: KeyPath, level: set[str], root: type[BaseModel]) -
         return Problem(path, text + (f" (did you mean {close[0]}?)" if close else ""))
     if kind == "union_tag_invalid":
         options = [word.strip("' ") for word in context["expected_tags"].split(",")]
-        text = f"`{key}.mode` is {shown(context['tag'])}; it can be {_either(options)}"
-        return Problem((*path, "mode"), text)
+        tag = _tag(context)
+        text = f"`{key}.{tag}` is {shown(context['tag'])}; it can be {_either(options)}"
+        return Problem((*path, tag), text)
     if kind == "value_error":
         text = str(context.get("error", item["msg"]))
         # A rule over several keys begins with the one it is about: point there. Where it begins
@@ -157,6 +174,11 @@ def _problem(item: Any, path: KeyPath, level: set[str], root: type[BaseModel]) -
     return Problem(path, f"`{key}` is {shown(value)}; {rule}")
 
 
+def _tag(context: Any) -> str:
+    """Return the key whose value selects one model of a union."""
+    return str(context["discriminator"]).strip("'")
+
+
 def _either(options: Sequence[str]) -> str:
     if len(options) == 1:
         return options[0]
@@ -172,6 +194,8 @@ def _walk(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[KeyPath, 
     path: list[str | int] = []
     last: tuple[type[BaseModel], ...] = level
     for part in loc:
+        if _is_branch(part):
+            continue
         tagged = [one for one in level if len(level) > 1 and part in _tags(one)]
         if tagged:
             level = last = tuple(tagged)
@@ -205,9 +229,9 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
-    """Return the values of ``mode`` that select ``model`` in a union."""
-    annotation = _annotation(model, "mode")
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+    """Return the values of ``mode`` or ``kind`` that select ``model`` in a union."""
+    annotations = [_annotation(model, key) for key in ("mode", "kind")]
+    return tuple(tag for one in annotations if get_origin(one) is Literal for tag in get_args(one))
 
 
 def _homes(model: type[BaseModel], word: str, prefix: str = "") -> list[str]:

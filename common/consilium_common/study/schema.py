@@ -72,17 +72,38 @@ class Preprocessing(Model):
     intensity: Intensity = Intensity()
 
 
+class PublicStart(Model):
+    """Weights trained on public data that the study begins with; they cost no budget."""
+
+    #: SHA-256 of the safetensors file, which the operator hands over with the proposal.
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    #: Which public data they were trained on; shown to every site that approves.
+    data: Annotated[str, Field(min_length=3, max_length=500)]
+
+
 class Network(Model):
-    """A network from the registry by name, with literal arguments."""
+    """A network from the registry by name, with literal arguments, and what of it is trained."""
 
     network: Name
     arguments: Literals = {}
+    #: Replace batch norm, which patient-level privacy cannot allow, by group norm.
+    normalise: bool = False
+    #: What is trained, noised and sent; the rest stays as it began. ``adapters`` adds low-rank
+    #: matrices to the layers and trains those; a list names parameters by shell-style patterns.
+    trainable: (
+        Literal["all", "first+last", "adapters"]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(min_length=1)]
+    ) = "all"
+    #: Rank of the adapters.
+    adapter_rank: Annotated[int, Field(ge=1, le=256)] = 8
+    start: PublicStart | None = None
 
 
 class Optimiser(Model):
     """Optimiser and its schedule over all steps of the study."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    #: ``adamw-bc`` takes the known variance of the privacy noise out of the second moment (DP).
+    name: Literal["adamw", "adamw-bc", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-5
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -91,6 +112,9 @@ class Optimiser(Model):
 
 class Augmentation(Model):
     """Random changes of the training images; each is off at 0."""
+
+    #: Differently changed copies of an image or patch, averaged in one gradient.
+    copies: Annotated[int, Field(ge=1, le=16)] = 1
 
     #: Probability of mirroring, per axis.
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -130,6 +154,36 @@ class NoPrivacy(Model):
     mode: Literal["none"] = "none"
 
 
+class FlatClipping(Model):
+    """Scale gradients longer than C down to C."""
+
+    kind: Literal["flat"] = "flat"
+
+
+class AutomaticClipping(Model):
+    """Scale every gradient to C·‖g‖/(‖g‖ + γ): nearly one length for all (AUTO-S)."""
+
+    kind: Literal["automatic"]
+    #: γ, in units of the gradient's norm.
+    stability: Annotated[float, Field(gt=0, le=100)] = 0.01
+
+
+class AdaptiveClipping(Model):
+    """Follow a quantile of the patients' gradient norms by a noisy count, which is charged.
+
+    C begins at ``clip_norm``. The count and the gradient share the study's noise multiplier: the
+    gradient alone gets the larger one that makes both together cost what the study says.
+    """
+
+    kind: Literal["adaptive"]
+    #: Share of the sampled patients whose gradient should be shorter than C.
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    #: Step size of the geometric update of C.
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.2
+    #: Standard deviation of the count's noise, in patients.
+    count_noise: Annotated[float, Field(gt=0, le=1e4)] = 5.0
+
+
 class PatientPrivacy(Model):
     """Patient-level DP-SGD: unit the patient, adjacency add or remove one."""
 
@@ -140,9 +194,14 @@ class PatientPrivacy(Model):
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     #: L2 bound C of one patient's gradient.
     clip_norm: Annotated[float, Field(gt=0, le=1e4)]
+    clipping: Annotated[
+        FlatClipping | AutomaticClipping | AdaptiveClipping, Field(discriminator="kind")
+    ] = FlatClipping()
+    #: How patients' gradients are computed; all give the same. auto: by a measured rule.
+    engine: Literal["auto", "loop", "vmap", "opacus"] = "auto"
     #: Standard deviation of the noise as a multiple of C. Give this or epsilon.
     noise_multiplier: Annotated[float, Field(gt=0.2, le=1e4)] | None = None
-    #: Upper bound of ε over the whole study; the noise is calibrated to it (PLD).
+    #: Upper bound of ε of all training steps; the noise is calibrated to it (PLD).
     epsilon: Annotated[float, Field(gt=0.01, le=100)] | None = None
     delta: Annotated[float, Field(gt=0, lt=0.1)]
 
@@ -150,6 +209,14 @@ class PatientPrivacy(Model):
     def _check(self) -> Self:
         if (self.noise_multiplier is None) == (self.epsilon is None):
             raise ValueError("give either noise_multiplier or epsilon, and not both")
+        # Two releases of multipliers z1 and z2 cost as one of (1/z1² + 1/z2²)^(-1/2), and a count
+        # of patients, each counted as a half or its negative, has the multiplier 2 · count_noise.
+        if (
+            isinstance(self.clipping, AdaptiveClipping)
+            and self.noise_multiplier is not None
+            and 2 * self.clipping.count_noise <= self.noise_multiplier
+        ):
+            raise ValueError("clipping.count_noise must be above half the noise_multiplier")
         return self
 
 
@@ -164,6 +231,9 @@ class Federation(Model):
     strategy: Literal["fedavg"] = "fedavg"
     #: Public weights only: all sites alike, or by the cohort size each site declared.
     weighting: Literal["uniform", "cohort"] = "cohort"
+    #: Decay of the running average of the global models over rounds; the average is evaluated and
+    #: kept. 0: the last model.
+    averaging: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Evaluation(Model):
@@ -173,8 +243,13 @@ class Evaluation(Model):
     every: Annotated[int, Field(ge=0)] = 0
     #: Overlap of sliding windows, share of the patch.
     overlap: Annotated[float, Field(ge=0, lt=0.95)] = 0.25
-    #: Exact figures leave the site only in a study without privacy, where policy permits it.
-    release: Literal["none", "exact"] = "none"
+    #: What leaves the sites: nothing; exact figures, in a study without privacy where policy
+    #: permits it; or noised ones, each a private query of its own.
+    release: Literal["none", "exact", "private"] = "none"
+    #: With release private: ε of all evaluations together, at the study's δ.
+    epsilon: Annotated[float, Field(gt=0.01, le=100)] | None = None
+    #: End before the first private step when the starting model's noised score reaches this.
+    sufficient: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class Study(Model):
@@ -214,6 +289,14 @@ class Study(Model):
             raise ValueError("multi_label needs training.loss bce or focal")
         if self.privacy.mode == "patient" and self.evaluation.release == "exact":
             raise ValueError("evaluation.release exact is not possible in a private study")
+        if self.evaluation.release == "private" and self.privacy.mode == "none":
+            raise ValueError("evaluation.release private is for a study with privacy")
+        if (self.evaluation.release == "private") != (self.evaluation.epsilon is not None):
+            raise ValueError("evaluation.epsilon is needed with release private, and only there")
+        if self.evaluation.sufficient is not None and self.evaluation.release != "private":
+            raise ValueError("evaluation.sufficient needs evaluation.release private")
+        if self.training.optimiser.name == "adamw-bc" and self.privacy.mode == "none":
+            raise ValueError("training.optimiser adamw-bc corrects privacy noise; take adamw")
         return self
 
     def to_canonical(self) -> dict[str, Any]:
@@ -224,6 +307,17 @@ class Study(Model):
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, 64 hexadecimal digits: the study's identity."""
         return digest(self.to_canonical())
+
+    @property
+    def evaluations(self) -> tuple[int, ...]:
+        """Numbers of rounds done after which the global model is evaluated at the sites.
+
+        A private study begins with one of the starting model (0): nobody should spend budget on
+        what they already have.
+        """
+        rounds, every = self.federation.rounds, self.evaluation.every
+        found = {rounds} | (set(range(every, rounds, every)) if every else set())
+        return tuple(sorted(found | ({0} if self.privacy.mode == "patient" else set())))
 
     @property
     def total_steps(self) -> int:

@@ -34,6 +34,7 @@ SITE_HELLO: Final = "/consilium.v1.Site/Hello"
 SITE_STUDIES: Final = "/consilium.v1.Site/Studies"
 SITE_DECIDE: Final = "/consilium.v1.Site/Decide"
 SITE_PROGRESS: Final = "/consilium.v1.Site/Progress"
+SITE_WITNESS: Final = "/consilium.v1.Site/Witness"
 OPERATOR_PROPOSE: Final = "/consilium.v1.Operator/Propose"
 OPERATOR_STUDIES: Final = "/consilium.v1.Operator/Studies"
 OPERATOR_SHOW: Final = "/consilium.v1.Operator/Show"
@@ -48,6 +49,7 @@ SERVICE_ROLES: Final[dict[str, frozenset[Role]]] = {
     SITE_STUDIES: frozenset({Role.SITE}),
     SITE_DECIDE: frozenset({Role.SITE}),
     SITE_PROGRESS: frozenset({Role.SITE}),
+    SITE_WITNESS: frozenset({Role.SITE}),
     OPERATOR_PROPOSE: frozenset({Role.OPERATOR}),
     OPERATOR_STUDIES: frozenset({Role.OPERATOR}),
     OPERATOR_SHOW: frozenset({Role.OPERATOR}),

@@ -19,16 +19,42 @@ def proposal_statement(digest: str, operator: str) -> dict[str, Any]:
 
 
 def approval_statement(
-    digest: str, site: str, decision: str, cohort_size: int, why: str
+    digest: str, site: str, decision: str, *, cohort_size: int, evaluation_size: int, why: str
 ) -> dict[str, Any]:
-    """Return what a site signs when it decides about a study."""
+    """Return what a site signs when it decides about a study.
+
+    Parameters
+    ----------
+    cohort_size, evaluation_size : int
+        Patients that the site declares in public: those it trains on, and those it evaluates on.
+    """
     return {
         "schema": "consilium/approval/v1",
         "study": digest,
         "site": site,
         "decision": decision,
         "cohort_size": cohort_size,
+        "evaluation_size": evaluation_size,
         "why": why,
+    }
+
+
+def witness_statement(site: str, sequence: int, entry_hash: str, time: str) -> dict[str, Any]:
+    """Return what the aggregator signs when it has seen a site's ledger end in an entry.
+
+    Parameters
+    ----------
+    sequence, entry_hash
+        The entry's, as it stands in the ledger.
+    time : str
+        When the aggregator saw it, by its clock, in the form of the ledger's times.
+    """
+    return {
+        "schema": "consilium/witness/v1",
+        "site": site,
+        "sequence": sequence,
+        "hash": entry_hash,
+        "time": time,
     }
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from consilium_client.training.engines.base import device_of, trained_parameters
+
 
 class PatientLoop:
     """Gradients by one backward pass a patient.
@@ -25,7 +27,7 @@ class PatientLoop:
     """
 
     def __init__(self, network: Any, patient_loss: Callable[[int], Any]) -> None:
-        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._parameters = trained_parameters(network)
         self._patient_loss = patient_loss
         #: Losses of the patients so far. Local only: they are neither clipped nor noised.
         self.losses: list[float] = []
@@ -38,7 +40,7 @@ class PatientLoop:
     @property
     def device(self) -> str:
         """Device of the trained parameters."""
-        return str(self._parameters[0].device)
+        return device_of(self._parameters)
 
     def gradients(self, patients: Sequence[int]) -> Iterator[Any]:
         """Yield one tensor (1, size) per patient."""

@@ -1,0 +1,1 @@
+"""Gradient engines: three ways to the same rows, one gradient a patient."""

@@ -1,0 +1,202 @@
+"""The tables of the aggregator's registry, and which of them can only grow (SQLAlchemy)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import JSON, String, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from consilium_common.study import Study
+
+#: A site whose link has been silent this long counts as offline.
+ONLINE_SECONDS = 12.0
+
+
+class Base(DeclarativeBase):
+    """All tables of ``registry.db``."""
+
+
+class Member(Base):
+    """A site or operator that has a certificate."""
+
+    __tablename__ = "members"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    role: Mapped[str]
+    status: Mapped[str]  #: active or revoked
+    serial: Mapped[str]  #: of the certificate in force, hexadecimal
+    certificate_pem: Mapped[str]
+    signer_pem: Mapped[str]  #: certificate of the Ed25519 key that signs approvals and ledger
+    node_id: Mapped[str | None]  #: Flower's node id, decimal
+    joined_at: Mapped[str]
+    last_seen: Mapped[str | None] = mapped_column(default=None)
+    session: Mapped[str | None] = mapped_column(default=None)  #: changes when the site restarts
+    version: Mapped[str | None] = mapped_column(default=None)
+
+    @property
+    def online(self) -> bool:
+        """Whether the member may connect and was heard of a moment ago."""
+        return self.status == "active" and seconds_since(self.last_seen) < ONLINE_SECONDS
+
+
+class InvitationRow(Base):
+    """An invitation: it may be used once, before it expires."""
+
+    __tablename__ = "invitations"
+    serial: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    role: Mapped[str]
+    expires: Mapped[str]
+    used_at: Mapped[str | None] = mapped_column(default=None)
+
+
+class StudyRow(Base):
+    """A proposed study and where it stands."""
+
+    __tablename__ = "studies"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str]
+    canonical: Mapped[dict[str, Any]] = mapped_column(JSON)
+    proposed_by: Mapped[str]
+    signature: Mapped[str]
+    signer_pem: Mapped[str]
+    proposed_at: Mapped[str]
+    #: proposed, running, finished, failed or stopped
+    state: Mapped[str] = mapped_column(default="proposed")
+    reason: Mapped[str] = mapped_column(default="")
+    flower_run: Mapped[str | None] = mapped_column(default=None)
+    started_at: Mapped[str | None] = mapped_column(default=None)
+    ended_at: Mapped[str | None] = mapped_column(default=None)
+
+    @property
+    def study(self) -> Study:
+        """The study itself."""
+        return Study.model_validate(self.canonical)
+
+
+class Approval(Base):
+    """A site's signed decision about a study."""
+
+    __tablename__ = "approvals"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    site: Mapped[str] = mapped_column(primary_key=True)
+    decision: Mapped[str]  #: approved or declined
+    why: Mapped[str]
+    cohort_size: Mapped[int]  #: patients trained on; public, declared by the site
+    #: Patients evaluated on; public, declared by the site.
+    evaluation_size: Mapped[int] = mapped_column(default=0, server_default="0")
+    signature: Mapped[str]
+    decided_at: Mapped[str]
+
+
+class Round(Base):
+    """One finished round."""
+
+    __tablename__ = "rounds"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    seconds: Mapped[float]
+    sites: Mapped[list[str]] = mapped_column(JSON)  #: whose update was added
+    dropped: Mapped[dict[str, str]] = mapped_column(JSON)  #: site to reason
+    loss: Mapped[float | None] = mapped_column(default=None)
+    #: Unused; registries of earlier releases have the column.
+    metrics: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    ended_at: Mapped[str] = mapped_column(default="")
+
+
+class EvaluationRow(Base):
+    """One evaluation of the global model at the sites, by the rounds done before it."""
+
+    __tablename__ = "evaluations"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    rounds_done: Mapped[int] = mapped_column(primary_key=True)  #: 0: the starting model
+    sites: Mapped[list[str]] = mapped_column(JSON)  #: who evaluated
+    dropped: Mapped[dict[str, str]] = mapped_column(JSON)  #: site to reason
+    #: What sites released, by site; empty where all figures stay there.
+    figures: Mapped[dict[str, dict[str, float]]] = mapped_column(JSON)
+    #: Patients evaluated on, by site, as declared when it was asked.
+    declared: Mapped[dict[str, int]] = mapped_column(JSON)
+    #: Standard deviation of the noise on one site's sum; None for exact figures.
+    noise: Mapped[float | None] = mapped_column(default=None)
+    seconds: Mapped[float] = mapped_column(default=0.0)
+    ended_at: Mapped[str] = mapped_column(default="")
+
+
+class Progress(Base):
+    """What a site said last about the running round; public facts alone."""
+
+    __tablename__ = "progress"
+    site: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str]
+    phase: Mapped[str]
+    round: Mapped[int]
+    step: Mapped[int]
+    steps: Mapped[int]
+    at: Mapped[str]
+
+
+class Witnessed(Base):
+    """One entry of a site's ledger that was countersigned here."""
+
+    __tablename__ = "witnessed"
+    __table_args__ = (UniqueConstraint("site", "ledger", "sequence"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    site: Mapped[str]
+    ledger: Mapped[str]  #: fingerprint of the ledger's key: a site that joins anew has another
+    sequence: Mapped[int]
+    hash: Mapped[str]
+    record: Mapped[dict[str, Any]] = mapped_column(JSON)  #: statement and signature
+
+
+class Received(Base):
+    """What a site sent and the aggregator used."""
+
+    __tablename__ = "received"
+    __table_args__ = (UniqueConstraint("study", "site", "purpose", "round", "sha256"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    study: Mapped[str]
+    site: Mapped[str]
+    purpose: Mapped[str]  #: training or evaluation
+    round: Mapped[int]  #: for an evaluation the number of rounds done
+    sha256: Mapped[str]
+    bytes: Mapped[int]
+    time: Mapped[str]
+
+
+class Alarm(Base):
+    """Something about a site that a person must look at; said once, kept for good."""
+
+    __tablename__ = "alarms"
+    __table_args__ = (UniqueConstraint("site", "code", "message"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    site: Mapped[str]
+    code: Mapped[str]
+    message: Mapped[str]
+    at: Mapped[str]
+
+
+#: Tables whose rows bear witness: the database itself refuses to change or delete one.
+APPEND_ONLY: Final = (Witnessed.__tablename__, Received.__tablename__, Alarm.__tablename__)
+
+
+def append_only_triggers() -> list[str]:
+    """Return the SQL that makes every table of :data:`APPEND_ONLY` refuse changes."""
+    return [
+        f"CREATE TRIGGER IF NOT EXISTS {table}_no_{action.lower()} BEFORE {action} ON {table}"
+        f" BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+        for table in APPEND_ONLY
+        for action in ("UPDATE", "DELETE")
+    ]
+
+
+def now() -> str:
+    """Return the time as ISO 8601, UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def seconds_since(moment: str | None) -> float:
+    """Return the seconds since an ISO time of :func:`now`; infinity for None."""
+    if moment is None:
+        return float("inf")
+    return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
