@@ -6,12 +6,13 @@ import hashlib
 import json
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from federation import Federation, Running, consilium, small_study, wait_for
+from federation import Federation, Running, add_hospitals, consilium, small_study, wait_for
 
 from consilium_common.demo.hospitals import NAMES
 from consilium_common.models.registry import initial_weights, tensor_specs, trained_specs
@@ -61,6 +62,14 @@ def propose_with_start(federation: Federation, study: dict[str, Any], start: Pat
     path.write_text(yaml.safe_dump(study))
     digest: str = federation.study("propose", path, "--start", start).data["digest"]
     return digest
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """A consortium of its own: what is spent and broken here is nobody else's."""
+    with Federation(tmp_path_factory.mktemp("officer")) as running:
+        add_hospitals(running)
+        yield running
 
 
 @pytest.fixture(scope="module")

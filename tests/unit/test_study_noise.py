@@ -37,10 +37,11 @@ def test_the_measured_table_falls_into_the_verdicts() -> None:
     # The rows of the privacy rules that start from random weights: ε = 8, δ = 1e-3, 160 steps.
     parameters = mechanism(1.399, 0.2, 160)
     shared = noise_to_signal(parameters, 100, 9_500)  # .84 of the score without privacy
-    alone = noise_to_signal(parameters, 33, 9_500)  # .56 of it
+    alone = noise_to_signal(parameters, 33, 9_500, sites=3)  # .56 of it
     large = noise_to_signal(parameters, 100, 137_000)  # .64 of it
     assert (shared.verdict, alone.verdict, large.verdict) == ("weak", "drowned", "drowned")
     assert shared.over_study == pytest.approx(0.5, abs=0.05)
+    assert alone.over_study == pytest.approx(0.93, abs=0.05)
     assert noise_to_signal(parameters, 120, 9_500).verdict == "clear"
     assert "train fewer values" in noise_to_signal(parameters, 30, 137_000).sentence
 
@@ -50,21 +51,22 @@ def test_the_measured_table_falls_into_the_verdicts() -> None:
     q=st.floats(0.001, 1),
     steps=st.integers(1, 5000),
     values=st.integers(1, 10**7),
+    sites=st.integers(1, 50),
 )
 @settings(max_examples=50, deadline=None)
 def test_the_cohorts_named_are_where_the_verdict_turns(
-    sigma: float, q: float, steps: int, values: int
+    sigma: float, q: float, steps: int, values: int, sites: int
 ) -> None:
     parameters = mechanism(sigma, q, steps)
-    afloat, clear = patients_needed(parameters, values)
+    afloat, clear = patients_needed(parameters, values, sites)
     assert 1 <= afloat <= clear
-    assert noise_to_signal(parameters, afloat, values).verdict != "drowned"
-    assert noise_to_signal(parameters, clear, values).verdict == "clear"
+    assert noise_to_signal(parameters, afloat, values, sites).verdict != "drowned"
+    assert noise_to_signal(parameters, clear, values, sites).verdict == "clear"
     # One patient fewer is on the other side (rounding aside, two are).
     if afloat > 2:
-        assert noise_to_signal(parameters, afloat - 2, values).verdict == "drowned"
+        assert noise_to_signal(parameters, afloat - 2, values, sites).verdict == "drowned"
     if clear > 2:
-        assert noise_to_signal(parameters, clear - 2, values).verdict != "clear"
+        assert noise_to_signal(parameters, clear - 2, values, sites).verdict != "clear"
 
 
 @pytest.mark.parametrize(("patients", "values"), [(0, 10), (-3, 10), (10, 0)])

@@ -191,7 +191,7 @@ def test_what_is_trained_released_and_paid_is_said_one_by_one(tmp_path: Path) ->
         f"Evaluation: ε = {price.evaluation_epsilon:.3f}",
         "over 3 released evaluations",
         "Clipping: adaptive;",
-        "With 30 patients and",
+        "With 30 patients at each of 2 sites and",
     ):
         assert part in said
     data = json.loads(json.dumps(result.data, allow_nan=False))

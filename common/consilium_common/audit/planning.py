@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from consilium_common.errors import ConsiliumError
 from consilium_common.privacy.accounting import calibrate, epsilon_of, epsilon_rdp
 from consilium_common.privacy.events import ADJACENCY, UNIT, PrivacyParameters
-from consilium_common.privacy.noise import DROWNED_FROM, WEAK_FROM, noise_to_signal
+from consilium_common.privacy.noise import noise_to_signal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -270,11 +270,9 @@ def _plan(
         scored = [evaluation] * mechanism.evaluations if evaluation is not None else []
         per_step = over_study = verdict = None
         if values is not None:
-            found = noise_to_signal(mechanism, number, values)
-            # Sites add their own noise, so their mean has √K less; the signal stays.
-            per_step = found.per_step / math.sqrt(sites)
-            over_study = found.over_study / math.sqrt(sites)
-            verdict = _verdict(over_study)
+            found = noise_to_signal(mechanism, number, values, sites)
+            per_step, over_study = found.per_step, found.over_study
+            verdict = found.verdict
         rows.append(
             PlannedSite(
                 patients=number,
@@ -316,12 +314,6 @@ def _warnings(row: PlannedSite, budget: float) -> list[str]:
             f"{who}: ε {row.epsilon:.2f} overruns the budget of {budget:g}; a site would refuse."
         )
     return found
-
-
-def _verdict(ratio: float) -> str:
-    if ratio < WEAK_FROM:
-        return "clear"
-    return "weak" if ratio < DROWNED_FROM else "drowned"
 
 
 def _most(holds: Callable[[int], bool], at_least: int = 0) -> int:

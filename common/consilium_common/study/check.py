@@ -74,7 +74,7 @@ def check(path: Path, patients: int | None = None) -> CheckResult:
         raise ConsiliumError(error.code, error.message, where=place, hint=error.hint) from error
     plan, noise = describe(study, price), None
     if patients is not None and price.privacy is not None:
-        noise = noise_to_signal(price.privacy, patients, price.trained)
+        noise = noise_to_signal(price.privacy, patients, price.trained, study.federation.quorum)
         plan = [*plan, "", "Noise and signal", f"  {noise.sentence}"]
     data = _data(study, price, str(path), plan)
     if noise is not None:

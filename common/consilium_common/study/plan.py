@@ -388,8 +388,10 @@ def _privacy(study: Study, price: Cost) -> Iterable[str]:
         f"This δ suits a site of up to {count_of(int(0.1 / mechanism.delta + 1e-9), 'patient')} "
         "(δ ≤ 1 / (10 N))."
     )
-    afloat, clear = patients_needed(mechanism, price.trained)
+    sites = study.federation.quorum
+    afloat, clear = patients_needed(mechanism, price.trained, sites)
     yield (
-        f"With {count_of(price.trained, 'trained value')} a site of fewer than "
-        f"{count_of(afloat, 'patient')} drowns in its noise; from {clear:,} on it is clearly heard."
+        f"With {count_of(price.trained, 'trained value')}, {count_of(sites, 'site')} of fewer than "
+        f"{count_of(afloat, 'patient')} each drown in their noise; from {clear:,} each on they are "
+        "clearly heard."
     )
