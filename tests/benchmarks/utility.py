@@ -92,7 +92,7 @@ LEVERS: Final = {
         clip_norm=0.1,
         sampling_rate=0.5,
         steps_per_round=1,
-        rounds=80,
+        rounds=160,
         averaging=0.8,
     ),
     "start": Lever(

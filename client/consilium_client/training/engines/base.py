@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -27,11 +28,34 @@ class GradientEngine(Protocol):
         """Yield tensors (rows, size) until every patient in ``patients`` had exactly one row."""
 
 
-class LocalEngine(GradientEngine, Protocol):
-    """An engine that also keeps the losses it saw."""
+class LocalEngine(ABC):
+    """What the engines share: the trained parameters of one network, and the losses they saw.
 
-    #: Losses of the patients so far. Local only: they are neither clipped nor noised.
-    losses: list[float]
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Its parameters with ``requires_grad`` are the trained ones, in the order of
+        ``network.parameters()``.
+    """
+
+    def __init__(self, network: Any) -> None:
+        self._parameters = trained_parameters(network)
+        #: Losses of the patients so far. Local only: they are neither clipped nor noised.
+        self.losses: list[float] = []
+
+    @property
+    def size(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self._parameters)
+
+    @property
+    def device(self) -> str:
+        """Device of the trained parameters."""
+        return str(self._parameters[0].device)
+
+    @abstractmethod
+    def gradients(self, patients: Sequence[int]) -> Iterator[Any]:
+        """Yield tensors (rows, size): exactly one row a patient."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +102,6 @@ def trained_parameters(network: Any) -> list[Any]:
             hint="Name at least one parameter, or train all.",
         )
     return trained
-
-
-def device_of(parameters: Sequence[Any]) -> str:
-    """Return the device of the parameters by name."""
-    return str(parameters[0].device)
 
 
 class Chunks:

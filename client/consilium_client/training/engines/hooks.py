@@ -14,14 +14,13 @@ from typing import Any
 from consilium_client.training.engines.base import (
     MEMORY_BOUND,
     Chunks,
+    LocalEngine,
     PatientTask,
-    device_of,
-    trained_parameters,
 )
 from consilium_common.errors import ConsiliumError
 
 
-class PatientHooks:
+class PatientHooks(LocalEngine):
     """Gradients of a chunk of patients by one backward pass with hooks.
 
     The hooks and everything opacus writes onto the network are there during a chunk's passes only.
@@ -38,23 +37,11 @@ class PatientHooks:
     """
 
     def __init__(self, task: PatientTask, *, expected: float, memory: int = MEMORY_BOUND) -> None:
+        super().__init__(task.network)
         self._task = task
-        self._parameters = trained_parameters(task.network)
         images_of_rows = 4  # rows exist per image, and once more as they are averaged
         # Opacus unfolds a convolution's input, a kernel's size larger, one layer at a time.
         self._chunks = Chunks(task, expected=expected, copies=(images_of_rows, 8), memory=memory)
-        #: Losses of the patients so far. Local only: they are neither clipped nor noised.
-        self.losses: list[float] = []
-
-    @property
-    def size(self) -> int:
-        """Number of trained parameters."""
-        return sum(p.numel() for p in self._parameters)
-
-    @property
-    def device(self) -> str:
-        """Device of the trained parameters."""
-        return device_of(self._parameters)
 
     def gradients(self, patients: Sequence[int]) -> Iterator[Any]:
         """Yield one tensor (patients of the chunk, size) per chunk.

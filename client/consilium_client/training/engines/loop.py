@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from consilium_client.training.engines.base import device_of, trained_parameters
+from consilium_client.training.engines.base import LocalEngine
 
 
-class PatientLoop:
+class PatientLoop(LocalEngine):
     """Gradients by one backward pass a patient.
 
     Parameters
@@ -27,20 +27,8 @@ class PatientLoop:
     """
 
     def __init__(self, network: Any, patient_loss: Callable[[int], Any]) -> None:
-        self._parameters = trained_parameters(network)
+        super().__init__(network)
         self._patient_loss = patient_loss
-        #: Losses of the patients so far. Local only: they are neither clipped nor noised.
-        self.losses: list[float] = []
-
-    @property
-    def size(self) -> int:
-        """Number of trained parameters."""
-        return sum(p.numel() for p in self._parameters)
-
-    @property
-    def device(self) -> str:
-        """Device of the trained parameters."""
-        return device_of(self._parameters)
 
     def gradients(self, patients: Sequence[int]) -> Iterator[Any]:
         """Yield one tensor (1, size) per patient."""

@@ -13,13 +13,12 @@ from typing import Any
 from consilium_client.training.engines.base import (
     MEMORY_BOUND,
     Chunks,
+    LocalEngine,
     PatientTask,
-    device_of,
-    trained_parameters,
 )
 
 
-class PatientVmap:
+class PatientVmap(LocalEngine):
     """Gradients of a chunk of patients at once.
 
     Parameters
@@ -32,22 +31,10 @@ class PatientVmap:
     """
 
     def __init__(self, task: PatientTask, *, expected: float, memory: int = MEMORY_BOUND) -> None:
+        super().__init__(task.network)
         self._task = task
-        self._parameters = trained_parameters(task.network)
         # A row's parts and the row itself; activations, and as much again while going backwards.
         self._chunks = Chunks(task, expected=expected, copies=(3, 2), memory=memory)
-        #: Losses of the patients so far. Local only: they are neither clipped nor noised.
-        self.losses: list[float] = []
-
-    @property
-    def size(self) -> int:
-        """Number of trained parameters."""
-        return sum(p.numel() for p in self._parameters)
-
-    @property
-    def device(self) -> str:
-        """Device of the trained parameters."""
-        return device_of(self._parameters)
 
     def gradients(self, patients: Sequence[int]) -> Iterator[Any]:
         """Yield one tensor (patients of the chunk, size) per chunk."""
