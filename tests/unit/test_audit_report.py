@@ -15,8 +15,8 @@ from ledger_samples import KEY, open_ledger, patients
 
 from consilium_common.audit.documents import read_records
 from consilium_common.audit.evidence import open_evidence
-from consilium_common.audit.privacy_report import AuditReport, audit_report, write_report
-from consilium_common.audit.report_page import rate, render
+from consilium_common.audit.privacy_report import AuditReport, audit_report
+from consilium_common.audit.report_page import rate, render, write_report
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.keys import public_pem
 from consilium_common.privacy.accounting import cross_check, epsilon_of

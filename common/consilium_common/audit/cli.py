@@ -186,7 +186,8 @@ def report(
     """Write one HTML file with everything that can be recomputed about a site's privacy."""
     from consilium_common.audit.documents import read_records
     from consilium_common.audit.evidence import open_evidence
-    from consilium_common.audit.privacy_report import audit_report, write_report
+    from consilium_common.audit.privacy_report import audit_report
+    from consilium_common.audit.report_page import write_report
 
     opened = open_evidence(
         evidence, key=key, witness=witness, authority=authority, studies=study or ()
@@ -228,9 +229,11 @@ def plan(
     ] = None,
 ) -> None:
     """Say before anybody spends budget: σ, ε, rounds left, and whether noise drowns the signal."""
-    from consilium_common.audit.planning import check_plot, draw, plan_for, plan_study
+    from consilium_common.audit.planning import plan_for, plan_study
 
     if plot is not None:
+        from consilium_common.audit.drawings import check_plot
+
         check_plot(plot)  # before minutes of computing
     if study is not None:
         if (epsilon, delta, steps, rate, per_step, values) != (None,) * 6:
@@ -267,7 +270,9 @@ def plan(
             sites=sites,
         )
     if plot is not None:
-        draw(found, plot)
+        from consilium_common.audit.drawings import draw_plan
+
+        draw_plan(found, plot)
     result(found.to_dict(), found.print_to)
 
 

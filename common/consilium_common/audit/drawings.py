@@ -6,8 +6,11 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from consilium_common.errors import ConsiliumError
+from consilium_common.files import write_atomic
 from consilium_common.privacy.accounting import epsilon_of
 from consilium_common.privacy.noise import DROWNED_FROM, WEAK_FROM
 from consilium_common.report.curves import MUTED, PALETTE, as_svg, drawing
@@ -119,6 +122,36 @@ def trade_off(curves: Mapping[str, Sequence[OperatingPoint]]) -> bytes:
             borderaxespad=0,
         )
         return as_svg(figure)
+
+
+def check_plot(path: Path) -> str:
+    """Return the kind of picture that the file's name asks for, ``png`` or ``svg``.
+
+    Raises
+    ------
+    ConsiliumError
+        ``usage.plot`` for any other name.
+    """
+    kind = path.suffix.lower().lstrip(".")
+    if kind not in ("png", "svg"):
+        raise ConsiliumError(
+            "usage.plot",
+            "A plot ends in .png or .svg.",
+            where=str(path),
+            hint="Name the file like plan.png.",
+        )
+    return kind
+
+
+def draw_plan(plan: AuditPlan, path: Path) -> None:
+    """Draw the plan into a ``.png`` or ``.svg`` file.
+
+    Raises
+    ------
+    ConsiliumError
+        ``usage.plot``, ``state.disk``.
+    """
+    write_atomic(path, plan_plot(plan, check_plot(path)), mode=0o644)
 
 
 def plan_plot(plan: AuditPlan, kind: str) -> bytes:

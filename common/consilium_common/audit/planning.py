@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from consilium_common.errors import ConsiliumError
@@ -219,39 +218,6 @@ def affordable_rounds(mechanism: PrivacyParameters, budget: float) -> int:
 
     # RDP is quick and never below PLD: what it allows is allowed, and PLD goes on from there.
     return _most(cost(epsilon_of), at_least=_most(cost(epsilon_rdp)))
-
-
-def check_plot(path: Path) -> str:
-    """Return the kind of picture that the file's name asks for, ``png`` or ``svg``.
-
-    Raises
-    ------
-    ConsiliumError
-        ``usage.plot`` for any other name.
-    """
-    kind = path.suffix.lower().lstrip(".")
-    if kind not in ("png", "svg"):
-        raise ConsiliumError(
-            "usage.plot",
-            "A plot ends in .png or .svg.",
-            where=str(path),
-            hint="Name the file like plan.png.",
-        )
-    return kind
-
-
-def draw(plan: AuditPlan, path: Path) -> None:
-    """Draw the plan into a ``.png`` or ``.svg`` file.
-
-    Raises
-    ------
-    ConsiliumError
-        ``usage.plot``, ``state.disk``.
-    """
-    from consilium_common.audit.drawings import plan_plot
-    from consilium_common.files import write_atomic
-
-    write_atomic(path, plan_plot(plan, check_plot(path)), mode=0o644)
 
 
 def _plan(

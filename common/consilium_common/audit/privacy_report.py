@@ -206,33 +206,6 @@ def audit_report(
     )
 
 
-def write_report(report: AuditReport, out: Path, json_out: Path | None = None) -> None:
-    """Write the report as one HTML file, and as JSON where a place is given.
-
-    Raises
-    ------
-    ConsiliumError
-        ``usage.report`` for another file name than ``.html`` (``.json``); ``state.disk``.
-    """
-    import json
-
-    from consilium_common.audit.report_page import render
-    from consilium_common.files import write_atomic
-
-    for path, suffix in ((out, ".html"), (json_out, ".json")):
-        if path is not None and path.suffix != suffix:
-            raise ConsiliumError(
-                "usage.report",
-                f"This file must end in {suffix}.",
-                where=str(path),
-                hint="Rename the output.",
-            )
-    write_atomic(out, render(report).encode())
-    if json_out is not None:
-        text = json.dumps(report.to_dict(), ensure_ascii=False, indent=2)
-        write_atomic(json_out, text.encode() + b"\n")
-
-
 def _reconciled(evidence: Evidence, found: Audited, records: Records | None) -> Reconciliation:
     if records is not None:
         check_consortium(evidence, records)

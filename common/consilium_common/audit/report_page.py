@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,8 @@ from consilium_common.audit import drawings
 from consilium_common.audit.hazards import NOT_COVERED, WORDS
 from consilium_common.audit.ledger_report import witness_words
 from consilium_common.audit.privacy_report import AuditReport
+from consilium_common.errors import ConsiliumError
+from consilium_common.files import write_atomic
 from consilium_common.privacy.reconstruction import ASSUMPTIONS
 from consilium_common.report import study_report, wording
 from consilium_common.report.study_report import Tile
@@ -52,6 +55,28 @@ def render(report: AuditReport) -> str:
         not_covered=NOT_COVERED,
         banners=_banners(report),
     )
+
+
+def write_report(report: AuditReport, out: Path, json_out: Path | None = None) -> None:
+    """Write the report as one HTML file, and as JSON where a place is given.
+
+    Raises
+    ------
+    ConsiliumError
+        ``usage.report`` for another file name than ``.html`` (``.json``); ``state.disk``.
+    """
+    for path, suffix in ((out, ".html"), (json_out, ".json")):
+        if path is not None and path.suffix != suffix:
+            raise ConsiliumError(
+                "usage.report",
+                f"This file must end in {suffix}.",
+                where=str(path),
+                hint="Rename the output.",
+            )
+    write_atomic(out, render(report).encode())
+    if json_out is not None:
+        text = json.dumps(report.to_dict(), ensure_ascii=False, indent=2)
+        write_atomic(json_out, text.encode() + b"\n")
 
 
 def rate(value: float) -> str:
