@@ -52,8 +52,8 @@ def join(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Join a consortium: make this site's keys here and have them certified."""
+    from consilium_client.budget.policy import write_default_policy
     from consilium_client.identity import join as join_consortium
-    from consilium_client.policy import write_default_policy
 
     site = SiteHome.create(home)
     config = join_consortium(site, invitation)
@@ -74,8 +74,8 @@ def start(home: Home = DEFAULT_HOME) -> None:
     import logging
     import sys
 
+    from consilium_client.budget.policy_record import record_current_policy
     from consilium_client.identity import SiteIdentity
-    from consilium_client.policy_record import record_current_policy
     from consilium_client.supervisor import serve
 
     logging.basicConfig(
@@ -192,8 +192,8 @@ def decline(
 @command
 def policy(home: Home = DEFAULT_HOME) -> None:
     """Check policy.yaml, show it in words, and record a change of it in the ledger."""
+    from consilium_client.budget.policy_record import record_current_policy
     from consilium_client.identity import SiteIdentity
-    from consilium_client.policy_record import record_current_policy
 
     site = SiteHome.existing(home)
     found = record_current_policy(site, SiteIdentity.load(site))
@@ -215,7 +215,7 @@ def budget(
     """Show what patients have spent of their privacy budget, and what is left."""
     import sys
 
-    from consilium_client.budget_table import budget_command
+    from consilium_client.budget.table import budget_command
 
     # From stdin an identifier stands neither in the shell's history nor in the process list.
     patient_id = sys.stdin.readline().strip() if patient == "-" else patient

@@ -11,11 +11,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from consilium_client.budget import charge_round, require_permitted
+from consilium_client.budget.charging import charge_round, require_permitted
+from consilium_client.budget.policy import Policy, load_policy
 from consilium_client.faults import fault_point
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
-from consilium_client.policy import Policy, load_policy
 from consilium_client.score_query import ScoreQuery
 from consilium_client.store import Decision, StoredUpdate, StudyStore
 from consilium_client.training.evaluation import Evaluation, exact_figures, patient_scores

@@ -6,10 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from consilium_client.budget import Price, price
+from consilium_client.budget.charging import Price, price
+from consilium_client.budget.policy import load_policy
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
-from consilium_client.policy import load_policy
 from consilium_client.store import StudyStore
 from consilium_common.errors import ConsiliumError
 from consilium_common.models.registry import validate_network

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from ledger_samples import patients
 
-from consilium_client.budget import charge_round
-from consilium_client.policy import Policy
+from consilium_client.budget.charging import charge_round
+from consilium_client.budget.policy import Policy
 from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.store import Ledger
 from consilium_common.privacy.accounting import epsilon_of

@@ -24,8 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_samples import charge, open_ledger, patients
 
-from consilium_client.budget import charge_round, price, require_affordable, require_permitted
-from consilium_client.policy import Policy, default_policy_text, parse_policy
+from consilium_client.budget.charging import (
+    charge_round,
+    price,
+    require_affordable,
+    require_permitted,
+)
+from consilium_client.budget.policy import Policy, default_policy_text, parse_policy
 from consilium_common.ledger.store import Ledger
 from consilium_common.privacy.accounting import epsilon_of
 from consilium_common.privacy.events import PrivacyEvent

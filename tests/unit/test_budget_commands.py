@@ -15,12 +15,12 @@ from ledger_samples import KEY, charge, open_ledger
 from site_samples import joined_site
 from typer.testing import CliRunner
 
-from consilium_client.budget import charge_round
-from consilium_client.budget_table import bars, budget_command, budget_table
+from consilium_client.budget.charging import charge_round
+from consilium_client.budget.policy import default_policy_text, parse_policy, write_default_policy
+from consilium_client.budget.table import bars, budget_command, budget_table
 from consilium_client.cli import app
 from consilium_client.data.split import open_patient_key
 from consilium_client.home import SiteHome
-from consilium_client.policy import default_policy_text, parse_policy, write_default_policy
 from consilium_client.store import StudyStore
 from consilium_common.console import MODE
 from consilium_common.ledger.spend import Bin

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consilium_client.home import SiteHome
-from consilium_client.policy import (
+from consilium_client.budget.policy import (
     Policy,
     default_policy_text,
     load_policy,
     parse_policy,
     write_default_policy,
 )
+from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
 
 DEFAULT = default_policy_text()

@@ -12,15 +12,15 @@ import pytest
 from budget_samples import policy
 from ledger_samples import charge, open_ledger, patients
 
+from consilium_client.budget.policy import default_policy_text
 from consilium_client.home import SiteHome
-from consilium_client.policy import default_policy_text
 from consilium_common.privacy.events import PrivacyEvent
 
 #: What the privacy officer waits for, and what `site approve` waits for, as processes of their own.
 BUDGET = """
 import contextlib, io, json, sys, time
 from pathlib import Path
-from consilium_client.budget_table import budget_command
+from consilium_client.budget.table import budget_command
 from consilium_common.console import MODE
 
 MODE.json = True
@@ -35,7 +35,7 @@ PRICE = """
 import sys, time
 from pathlib import Path
 from budget_samples import policy, study
-from consilium_client.budget import price
+from consilium_client.budget.charging import price
 from consilium_common.ledger.store import Ledger
 from ledger_samples import patients
 

@@ -22,9 +22,9 @@ from budget_samples import (
 )
 from ledger_samples import KEY, charge, open_ledger, patients
 
-from consilium_client.budget import charge_round, price, require_affordable
+from consilium_client.budget.charging import charge_round, price, require_affordable
+from consilium_client.budget.policy import Policy
 from consilium_client.home import SiteHome
-from consilium_client.policy import Policy
 from consilium_client.store import Decision, StudyStore
 from consilium_common.ledger import entries
 from consilium_common.ledger.store import Ledger

@@ -14,11 +14,11 @@ from site_samples import NAME, JoinedSite, joined_site, private_study
 from typer.testing import CliRunner
 
 from consilium_client import reviewing
+from consilium_client.budget.policy import Policy, default_policy_text
 from consilium_client.cli import app
 from consilium_client.data.manifest import load_manifest
 from consilium_client.data.split import assign_splits, open_patient_key
 from consilium_client.identity import SiteIdentity
-from consilium_client.policy import Policy, default_policy_text
 from consilium_client.reviewing import (
     Proposal,
     approve,

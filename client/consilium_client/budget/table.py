@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from consilium_client.budget_price import people
+from consilium_client.budget.policy import Policy, load_policy
+from consilium_client.budget.price import people
 from consilium_client.home import SiteHome
-from consilium_client.policy import Policy, load_policy
 from consilium_common.console import result
 from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.spend import Bin, Spend, spend
@@ -154,7 +154,7 @@ def budget_command(home: Path, patient_id: str | None = None, study: str | None 
             state = ledger.state
     digest = None if study is None else _charged_study(site, state, study)
     if patient_id is not None:
-        from consilium_client.budget_patient import patient_budget
+        from consilium_client.budget.patient import patient_budget
 
         found = patient_budget(site, state, policy, patient_id, digest)
         result(found.to_dict(), "\n".join(found.lines()))

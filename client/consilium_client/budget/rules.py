@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from consilium_client.policy import Policy
+from consilium_client.budget.policy import Policy
 from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.entries import Purpose
 from consilium_common.privacy.accounting import epsilon_of

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from consilium_client.budget.policy import Policy, load_policy
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
-from consilium_client.policy import Policy, load_policy
 from consilium_common.ledger.store import Ledger
 
 

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from consilium_client.budget_reserved import Reservation
-from consilium_client.budget_rules import whole_evaluation
-from consilium_client.policy import Budget, Policy
+from consilium_client.budget.policy import Budget, Policy
+from consilium_client.budget.reserved import Reservation
+from consilium_client.budget.rules import whole_evaluation
 from consilium_common.ledger.state import LedgerState
 from consilium_common.privacy.accounting import epsilon_of
 from consilium_common.privacy.events import (

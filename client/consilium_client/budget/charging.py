@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from consilium_client.budget_price import Price, compute_price
-from consilium_client.budget_reserved import reservations
-from consilium_client.budget_rules import Refusal, policy_refusal, whole_evaluation
-from consilium_client.policy import Policy
+from consilium_client.budget.policy import Policy
+from consilium_client.budget.price import Price, compute_price
+from consilium_client.budget.reserved import reservations
+from consilium_client.budget.rules import Refusal, policy_refusal, whole_evaluation
 from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.entries import Entry, Purpose
 from consilium_common.ledger.state import LedgerState
@@ -61,7 +61,7 @@ def price(
     patients, evaluated : sequence of str
         Keyed hashes of the training cohort, and of the test patients.
     others : iterable of Decision
-        This site's decisions about all studies; see :mod:`consilium_client.budget_reserved`.
+        This site's decisions about all studies; see :mod:`consilium_client.budget.reserved`.
 
     Raises
     ------

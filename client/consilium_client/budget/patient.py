@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from consilium_client.budget.policy import Policy
 from consilium_client.data.manifest import existing_manifest
 from consilium_client.data.split import open_patient_key
 from consilium_client.home import SiteHome
-from consilium_client.policy import Policy
 from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.state import Charge, LedgerState
 from consilium_common.privacy.accounting import epsilon_of

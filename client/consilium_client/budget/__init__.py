@@ -1,0 +1,1 @@
+"""What this site permits and what its patients may spend: policy, price, charges, and the table."""
