@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
+from consilium_common.files import write_atomic
 from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import Role
 from consilium_common.identity.keys import (
@@ -56,6 +57,8 @@ def joined_site(
         ("ledger-public.pem", public_pem(signer.public_key())),
     ):
         (home.identity / name).write_bytes(content)
+    # A key drawn at random would now and then leave nobody to test on.
+    write_atomic(home.identity / "patient_key", bytes(range(32)))
     config = {"name": NAME, "consortium": "tests", "address": address}
     home.config.write_text(json.dumps(config))
     return JoinedSite(home, SiteIdentity.load(home), authority, key, signer)
