@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from site_samples import NAME, JoinedSite, joined_site
+from training_samples import MemoryCase, MemoryCohort, MemoryPatient
 
 from consilium_client.local_evaluation import evaluate
 from consilium_client.local_round import LocalRounds
@@ -31,32 +31,8 @@ minimal_cohort: 2
 
 
 @dataclass(frozen=True)
-class KeyedCase:
-    case_id: str
-    pixels: NDArray[np.float32]
-    classes: NDArray[Any]
-
-    def image(self) -> NDArray[np.float32]:
-        return self.pixels
-
-    def label(self) -> NDArray[Any]:
-        return self.classes
-
-
-@dataclass(frozen=True)
-class KeyedPatient:
+class KeyedPatient(MemoryPatient):
     key: str
-    cases: tuple[KeyedCase, ...]
-
-
-@dataclass
-class KeyedCohort:
-    splits: dict[str, list[KeyedPatient]]
-    asked: list[str] = field(default_factory=list)
-
-    def patients(self, split: str) -> list[KeyedPatient]:
-        self.asked.append(split)
-        return self.splits.get(split, [])
 
 
 def keyed_patient(number: int) -> KeyedPatient:
@@ -66,11 +42,11 @@ def keyed_patient(number: int) -> KeyedPatient:
     label[: 6 + number % 5] = 1
     pixels = (label[None] * 2 + rng.standard_normal((1, 16, 16)) * 0.3).astype("f4")
     key = hashlib.sha256(b"patient %d" % number).hexdigest()[:32]
-    return KeyedPatient(key, (KeyedCase(f"case-{number}", pixels, label),))
+    return KeyedPatient((MemoryCase(f"case-{number}", pixels, label),), key)
 
 
-def keyed_cohort() -> KeyedCohort:
-    return KeyedCohort(
+def keyed_cohort() -> MemoryCohort:
+    return MemoryCohort(
         {
             "train": [keyed_patient(n) for n in range(6)],
             "test": [keyed_patient(100 + n) for n in range(3)],
@@ -123,11 +99,11 @@ class RoundsAtSite:
 
     Parameters
     ----------
-    cohort : KeyedCohort
+    cohort : MemoryCohort
         The site's patients, without files.
     """
 
-    def __init__(self, site: JoinedSite, study: Study, cohort: KeyedCohort) -> None:
+    def __init__(self, site: JoinedSite, study: Study, cohort: MemoryCohort) -> None:
         self.site = site
         self.study = study
         self.cohort = cohort

@@ -14,7 +14,7 @@ import pytest
 from round_samples import (
     COHORT_SIZE,
     NAME,
-    KeyedCohort,
+    MemoryCohort,
     RoundsAtSite,
     deciding_site,
     keyed_cohort,
@@ -143,7 +143,7 @@ def test_figures_of_other_patients_than_were_charged_are_withheld(tmp_path: Path
     site = deciding_site(tmp_path / "site", study)
     rounds = RoundsAtSite(site, study, keyed_cohort())
     rounds.cohort.splits["test"].append(keyed_patient(777))
-    fewer = RoundsAtSite(site, study, KeyedCohort({**rounds.cohort.splits, "test": []}))
+    fewer = RoundsAtSite(site, study, MemoryCohort({**rounds.cohort.splits, "test": []}))
     assert code_of(fewer.evaluate, 0) == "privacy.no-test-patients"
     rounds.rounds._evaluated = tuple(rounds.cohort.splits["test"][:2])
     assert code_of(rounds.evaluate, 0) == "privacy.truth"

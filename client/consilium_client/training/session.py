@@ -89,6 +89,8 @@ class TrainingSession:
         from consilium_common.models.private import check_private
         from consilium_common.models.registry import build_network
         from consilium_common.privacy.accounting import parameters
+        from consilium_common.study.problems import raise_problems
+        from consilium_common.study.rules import patch_problems
 
         torch.set_num_threads(threads)
         self._threads = threads
@@ -100,7 +102,7 @@ class TrainingSession:
         self._engine: Choice | None = None
         if self._privacy is not None:
             check_private(network)
-            _check_patches(study)
+            raise_problems(list(patch_problems(study)), f"study {study.name}")
             self._engine = choose_engine(study, network, precision=self.compute.precision)
             _log.info("gradient engine: %s (%s)", self._engine.name, self._engine.why)
         self._network = self.compute.place(network)
@@ -250,15 +252,3 @@ class TrainingSession:
 
         images = [case.image() for case in cases]
         return classify(self.study, self._network, self.compute, images)
-
-
-def _check_patches(study: Study) -> None:
-    """Refuse a single 3D patch a patient: as dear as two, and a worse gradient."""
-    training = study.training
-    if study.task.dimensions == 3 and training.patch and training.patches_per_patient < 2:
-        raise ConsiliumError(
-            "study.patches",
-            "A private study in 3D needs at least two patches per patient.",
-            where="training.patches_per_patient",
-            hint="Set it to 2 or more; clipping is per patient, so it costs no privacy.",
-        )

@@ -39,9 +39,15 @@ def _image_problems(study: Study) -> Iterator[Problem]:
         yield Problem(
             ("training", "augmentation", "copies"), f"{text}; turn on a change, such as `flip: 0.5`"
         )
+    yield from patch_problems(study)
+
+
+def patch_problems(study: Study) -> Iterator[Problem]:
+    """Yield what patients' patches lack in a private study; sites ask this too before training."""
+    training = study.training
     if (
         study.privacy.mode == "patient"
-        and task.dimensions == 3
+        and study.task.dimensions == 3
         and training.patch is not None
         and training.patches_per_patient < 2
     ):
