@@ -6,10 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from consilium_client.data.rules import Severity, rule_of
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 
@@ -19,14 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with one case.
+    """One thing that is wrong with one case, or with the cohort.
 
     Parameters
     ----------
     case : str
-        The case's name in cases.csv, or the folder; shown at the site only.
+        The case's name in cases.csv, or the folder; shown at the site only. Empty for the cohort.
     code, message, where, hint : str
-        As in :class:`~consilium_common.errors.ConsiliumError`; ``where`` names files.
+        As in :class:`~consilium_common.errors.ConsiliumError`; ``where`` names files. How grave it
+        is and why it matters follow from the code: see :mod:`consilium_client.data.rules`.
+    pictures : tuple of bytes
+        PNG thumbnails to look at; for the page at the site alone.
     """
 
     case: str
@@ -34,6 +38,29 @@ class Finding:
     message: str
     where: str
     hint: str
+    pictures: tuple[bytes, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def severity(self) -> Severity:
+        """``error`` keeps the case out; ``warning`` wants a look."""
+        return rule_of(self.code).severity
+
+    @property
+    def why(self) -> str:
+        """Why the rule matters, in one sentence."""
+        return rule_of(self.code).why
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the finding for a JSON report at the site; pictures left out."""
+        return {
+            "case": self.case,
+            "severity": self.severity,
+            "code": self.code,
+            "message": self.message,
+            "where": self.where,
+            "why": self.why,
+            "hint": self.hint,
+        }
 
     @classmethod
     def of(cls, case: str, error: ConsiliumError) -> Finding:
@@ -63,7 +90,7 @@ def write_report(path: Path, findings: Sequence[Finding], *, cases: int) -> None
     content = {
         "schema": "consilium/data-report/v1",
         "cases": cases,
-        "findings": [asdict(finding) for finding in findings],
+        "findings": [finding.to_dict() for finding in findings],
     }
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     write_atomic(path, text.encode())

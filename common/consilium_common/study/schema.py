@@ -30,11 +30,15 @@ class Task(Model):
     classes: Annotated[list[Name], Field(min_length=2, max_length=256)]
     #: Classification only: a case may have any number of the classes.
     multi_label: bool = False
+    #: Segmentation only: whether a case whose label is all background may take part.
+    empty_labels: Literal["allowed", "refused"] = "allowed"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.multi_label and self.kind != "classification":
             raise ValueError("multi_label is for classification only")
+        if self.empty_labels == "refused" and self.kind != "segmentation":
+            raise ValueError("empty_labels is for segmentation only")
         for what, names in (("inputs", self.inputs), ("classes", self.classes)):
             if len(set(names)) != len(names):
                 raise ValueError(f"{what} has a name twice")

@@ -28,6 +28,17 @@ _TAGS: Final = [
     "ReferencedSeriesSequence",
     "SegmentSequence",
     "MediaStorageSOPClassUID",
+    "StudyInstanceUID",
+    "StudyDate",
+    "SeriesDescription",
+    "Manufacturer",
+    "ManufacturerModelName",
+    "PhotometricInterpretation",
+    "BurnedInAnnotation",
+    "ImageType",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
 ]
 #: Objects with a pixel matrix that are not the images a study trains on.
 _NOT_IMAGES: Final = frozenset({"SEG", "RTDOSE", "RTIMAGE", "PR", "KO", "SR", "REG"})
@@ -55,6 +66,18 @@ class Header:
     #: Series that a segmentation was drawn on, and its (number, label) segments.
     referenced_series: tuple[str, ...] = ()
     segments: tuple[tuple[int, str], ...] = ()
+    study: str = ""
+    study_date: str = field(default="", repr=False)
+    series_description: str = field(default="", repr=False)
+    #: Manufacturer and model, for example ``GE MEDICAL SYSTEMS LightSpeed``.
+    scanner: str = ""
+    photometric: str = ""
+    #: ``YES``, ``NO`` or empty: most files do not say.
+    burned_in: str = ""
+    image_type: tuple[str, ...] = ()
+    #: Name, birth date and sex as the tags tell them, folded for comparison; empty where the name
+    #: or the birth date is absent. Never goes into a message or a file.
+    person: str = field(default="", repr=False)
 
     @property
     def is_image(self) -> bool:
@@ -127,6 +150,18 @@ def read_header(path: Path) -> Header | None:
                 for item in dataset.get("SegmentSequence") or ()
                 if item.get("SegmentNumber") is not None
             ),
+            study=str(dataset.get("StudyInstanceUID") or ""),
+            study_date=str(dataset.get("StudyDate") or ""),
+            series_description=str(dataset.get("SeriesDescription") or ""),
+            scanner=" ".join(
+                word
+                for name in ("Manufacturer", "ManufacturerModelName")
+                if (word := str(dataset.get(name) or "").strip())
+            ),
+            photometric=str(dataset.get("PhotometricInterpretation") or ""),
+            burned_in=str(dataset.get("BurnedInAnnotation") or "").strip().upper(),
+            image_type=_words(dataset.get("ImageType")),
+            person=_person(dataset),
         )
 
 
@@ -175,6 +210,20 @@ def files_below(folder: Path) -> list[Path]:
         if path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    if not value:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(str(word) for word in value)
+
+
+def _person(dataset: Any) -> str:
+    """Return who the tags say the patient is; empty unless they say both name and birth date."""
+    name = "".join(filter(str.isalnum, str(dataset.get("PatientName") or ""))).casefold()
+    born = str(dataset.get("PatientBirthDate") or "").strip()
+    sex = str(dataset.get("PatientSex") or "").strip().upper()
+    return f"{name}|{born}|{sex}" if name and born else ""
 
 
 def _numbers(value: Any, count: int) -> Any:
