@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from consilium_client.home import HOME_VARIABLE, SiteHome
 from consilium_client.progress import ProgressFile
 from consilium_client.workers import WorkerPool
-from consilium_common.wire.messages import from_server, to_server
+from consilium_common.wire.messages import from_server, instructions_of, to_server
 
 app = ClientApp()
 
@@ -35,8 +35,17 @@ def evaluate(message: Message, context: Context) -> Message:
     return _do("evaluate", message)
 
 
+@app.query()  # type: ignore[untyped-decorator]
+def query(message: Message, context: Context) -> Message:
+    """Release the statistics of the training patients: noised, charged, once a study."""
+    return _do("query", message)
+
+
 def _do(kind: str, message: Message) -> Message:
-    instructions, weights = from_server(message.content)
+    if kind == "query":
+        instructions, weights = instructions_of(message.content), b""
+    else:
+        instructions, weights = from_server(message.content)
     home = SiteHome.existing(Path(os.environ[HOME_VARIABLE]))
     with ProgressFile(home).during(kind, instructions) as progress:
         answer = pool().do(kind, instructions, weights, progress)

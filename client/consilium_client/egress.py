@@ -3,8 +3,8 @@
 Flower names every object by the SHA-256 of its content. A reply's objects are registered when the
 reply is made; the gate passes exactly those, after it has looked itself whether the study is
 approved. In a private study it passes nothing but what the ledger has charged and released, byte
-for byte: a round's update, or the noised figures of an evaluation. An evaluation without figures
-passes too: it says nothing.
+for byte: a round's update, the noised figures of an evaluation, or the noised statistics. An
+evaluation without figures passes too: it says nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ from consilium_common.wire.messages import to_server
 
 _log = logging.getLogger(__name__)
 
+#: What a message of Flower's kind asks for.
+_PURPOSES: Final[dict[str, Purpose]] = {
+    "train": "training",
+    "evaluate": "evaluation",
+    "query": "statistics",
+}
 #: An error reply's one object: metadata, a code and fixed words.
 _ERROR_OBJECT_BYTES: Final = 4096
 
@@ -93,7 +99,9 @@ class EgressGate:
         content = set(push.object_ids[1:])  # the first is the message: metadata without content
         if kind == "evaluate" and content == set(object_ids(to_server(None, None))):
             return
-        purpose: Purpose = "training" if kind == "train" else "evaluation"
+        purpose = _PURPOSES.get(kind)
+        if purpose is None:
+            raise self._refusal("a reply of a kind that no study has")
         update = self._store.update(digest, round_index, purpose)
         charge = self._open_ledger().find_charge(digest, round_index, purpose)
         if update is None or charge is None or charge.update != update.sha256:

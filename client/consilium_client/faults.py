@@ -37,6 +37,12 @@ WORKER_POINTS: Final = (
     "evaluation.voided",
     "evaluation.scored",
 )
+#: The same of released statistics.
+STATISTICS_POINTS: Final = (
+    *(f"statistics.{point}" for point in _OF_A_RELEASE),
+    "statistics.before-void",
+    "statistics.voided",
+)
 #: Of the reply, in the executor.
 EXECUTOR_POINTS: Final = ("reply.made", "reply.permitted", "reply.pushed", "reply.done")
 #: Of the calls by which a message comes and a reply leaves, in the link.

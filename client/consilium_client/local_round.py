@@ -1,14 +1,14 @@
 """One release of a site: approval, policy, charge, work, storing, in the order that keeps faith.
 
 The order is what a crash cannot undo: the charge is durable before data is touched, the result is
-stored before it is released, and what was stored is never computed again. A round's update and the
-figures of an evaluation go the same way.
+stored before it is released, and what was stored is never computed again. A round's update, the
+figures of an evaluation and the statistics go the same way.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from consilium_client.budget.charging import charge_round, require_permitted
@@ -17,6 +17,7 @@ from consilium_client.faults import fault_point
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
 from consilium_client.score_query import ScoreQuery
+from consilium_client.statistics_query import CountedCase, StatisticsQuery
 from consilium_client.store import Decision, StoredUpdate, StudyStore
 from consilium_client.training.evaluation import Evaluation, exact_figures, patient_scores
 from consilium_client.training.session import TrainingSession
@@ -39,7 +40,7 @@ SUM: Final = "sum"
 
 
 class LocalRounds:
-    """Trains and evaluates the rounds of one approved study.
+    """Trains and evaluates the rounds of one approved study, and counts its patients.
 
     Parameters
     ----------
@@ -84,12 +85,7 @@ class LocalRounds:
         ConsiliumError
             ``study.not-approved``, ``privacy.*`` (policy, budget, ledger, truth check), ``run.*``.
         """
-        if instructions.cohort_size != self._cohort_size:
-            raise ConsiliumError(
-                "run.cohort-size",
-                "The aggregator names another cohort size than this site declared.",
-                hint="Approve the study again; the figure stands in the signed approval.",
-            )
+        self._require_cohort_size(instructions)
         policy = self._permitted()
         number = instructions.round_index
         private = parameters(self._study)
@@ -159,6 +155,60 @@ class LocalRounds:
             event=query.event,
             clip_norm=SCORE_SENSITIVITY,
         ).figures
+
+    def statistics(
+        self, instructions: Instructions, patients: Iterable[Sequence[CountedCase]]
+    ) -> dict[str, float]:
+        """Return the study's noised statistics: the stored ones, or newly counted ones.
+
+        Parameters
+        ----------
+        patients : iterable of sequence of CountedCase
+            The cases of each training patient. Read after the charge; asked again, the site sends
+            what it stored and reads nothing.
+
+        Raises
+        ------
+        ConsiliumError
+            As :meth:`train`; ``privacy.nothing-to-charge`` when the study has no statistics.
+        """
+        self._require_cohort_size(instructions)
+        policy = self._permitted()
+        query = StatisticsQuery.of(self._study)
+        if query is None:
+            raise ConsiliumError(
+                "privacy.nothing-to-charge",
+                "The aggregator asks for statistics that the study does not have.",
+                hint="Propose a study with a `statistics` part.",
+            )
+
+        def release() -> StoredUpdate:
+            figures = query.release(patients)
+            return self._store.keep_update(
+                self._study.digest,
+                instructions.round_index,
+                canonical_json(figures),
+                figures,
+                purpose="statistics",
+            )
+
+        return self._once(
+            "statistics",
+            instructions.round_index,
+            release,
+            policy=policy,
+            patients=self._patients,
+            event=query.event,
+            clip_norm=query.sensitivity,
+        ).figures
+
+    def _require_cohort_size(self, instructions: Instructions) -> None:
+        if instructions.cohort_size != self._cohort_size:
+            raise ConsiliumError(
+                "run.cohort-size",
+                "The aggregator names another cohort size than this site declared.",
+                hint="Approve the study again; the figure stands in the signed approval.",
+            )
 
     def _permitted(self) -> Policy:
         # Read afresh every time: an approval can be withdrawn while the worker lives.

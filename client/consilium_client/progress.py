@@ -31,7 +31,7 @@ class ProgressFile:
     @contextlib.contextmanager
     def during(self, kind: str, instructions: Instructions) -> Iterator[Callable[[int, int], None]]:
         """Say that work goes on, and that it is done afterwards."""
-        phase = "training" if kind == "train" else "evaluating"
+        phase = {"train": "training", "evaluate": "evaluating", "query": "counting"}[kind]
         self._write(phase, instructions, 0, 0)
 
         def step(number: int, total: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,8 @@ def review(
     which: str,
     cohort_size: int | None,
     evaluation_size: int | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
 ) -> Review:
     """Open the cohort that the study would train and evaluate on, and price the study for it.
 
@@ -109,6 +111,8 @@ def review(
     evaluation_size : int or None
         Number of test patients to declare, the denominator of the released mean score; None
         declares :func:`declared_evaluation_size`. Only for a study that releases noised figures.
+    say : callable, optional
+        Takes a line on how much room the prepared cases will take, before they are made.
 
     Raises
     ------
@@ -130,7 +134,7 @@ def review(
             hint="Leave --evaluation-size out.",
         )
     validate_network(study)
-    cohort = open_cohort(home, study)
+    cohort = open_cohort(home, study, say=say)
     patients = [patient.key for patient in cohort.patients("train")]
     tested = [patient.key for patient in cohort.patients("test")]
     policy = load_policy(home)

@@ -86,7 +86,8 @@ class StoredUpdate:
     """What was computed once and is sent again whenever it is asked for again.
 
     A round's update (purpose training, ``blob`` in safetensors), or the released figures of an
-    evaluation (``blob`` their canonical JSON; the round is the number of rounds done).
+    evaluation or of statistics (``blob`` their canonical JSON; the round is the number of rounds
+    done, of statistics 0).
     """
 
     digest: str
@@ -298,9 +299,9 @@ class StudyStore:
 
     def _update_file(self, digest: str, round_index: int, purpose: Purpose) -> Path:
         name = f"{digest[:16]}-{round_index:05d}"
-        if purpose == "evaluation":
-            return self._home.releases / f"{name}-evaluation.json"
-        return self._home.releases / f"{name}.safetensors"
+        if purpose == "training":
+            return self._home.releases / f"{name}.safetensors"
+        return self._home.releases / f"{name}-{purpose}.json"
 
     @contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:

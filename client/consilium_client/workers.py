@@ -27,6 +27,7 @@ _WARM_MODULES: Final = [
     "consilium_client.data.cohort",
     "consilium_client.local_evaluation",
     "consilium_client.local_round",
+    "consilium_client.statistics_query",
     "consilium_client.training.session",
 ]
 _STOP_SECONDS: Final = 3.0

@@ -15,7 +15,11 @@ EXIT_STATUS: Final[dict[str, int]] = {
     "network": 7,  # nobody answers, or not the one expected
     "state": 8,  # files, disk, ports, processes
     "run": 9,  # a study ran and did not succeed
+    "pacs": 11,  # the hospital's archive does not answer, refuses, or sends something else
 }
+
+#: Exit status of a check that found warnings and no errors.
+WARNINGS_ONLY: Final = 10
 
 
 class ConsiliumError(Exception):

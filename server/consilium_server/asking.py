@@ -112,7 +112,7 @@ class Asking:
         self,
         participants: Sequence[Participant],
         number: int,
-        blob: bytes,
+        blob: bytes | None,
         kind: str,
         *,
         accept: Accept,
@@ -123,11 +123,11 @@ class Asking:
         Parameters
         ----------
         number : int
-            Round from 0; for an evaluation the number of rounds done.
-        blob : bytes
-            The whole global model.
+            Round from 0; for an evaluation the number of rounds done; for statistics 0.
+        blob : bytes or None
+            The whole global model; None for statistics.
         kind : str
-            ``train`` or ``evaluate``.
+            ``train``, ``evaluate`` or ``query`` (statistics).
         accept : callable
             Called with each good reply. What it refuses is left out and named: a bad reply never
             stops a round.

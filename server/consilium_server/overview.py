@@ -8,6 +8,7 @@ from consilium_common.identity.certificates import describe, load_certificate
 from consilium_server.registry import Registry
 from consilium_server.released import noisy_score, pooled
 from consilium_server.spending import SpendMeter
+from consilium_server.statistics import estimates
 from consilium_server.tables import Alarm, EvaluationRow, Member, StudyRow, Witnessed
 
 
@@ -41,18 +42,21 @@ def _site(member: Member, witnessed: Witnessed | None, alarms: list[Alarm]) -> d
 def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict[str, Any]:
     """Return all that the aggregator knows of one study; takes a while where ε is composed.
 
-    ``epsilon`` is that of the patients trained on, ``evaluation_epsilon`` that of those evaluated
-    on, each by site. ``evaluations`` holds one row for every evaluation that was done;
-    ``evaluation`` is the newest that released figures.
+    ``epsilon`` is that of the patients trained on (released statistics included),
+    ``evaluation_epsilon`` that of those evaluated on, each by site. ``evaluations`` holds one row
+    for every evaluation that was done; ``evaluation`` is the newest that released figures;
+    ``statistics`` is None where none were gathered.
     """
     rounds = registry.rounds(row.digest)
     evaluations = registry.evaluations(row.digest)
     approvals = registry.approvals(row.digest)
     online = {m.name: m.online for m in registry.sites()}
+    counted = registry.statistics(row.digest)
     spend = meter.spent(
         row.study,
         [r.sites for r in rounds],
         [e.figures for e in evaluations],
+        counted.figures if counted is not None else (),
         exact=row.state != "running",
     )
     shown = [_evaluation(e) for e in evaluations]
@@ -71,6 +75,7 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
         "evaluation_epsilon": dict(spend.evaluation),
         "evaluation": next((e for e in reversed(shown) if e["figures"]), {}),
         "evaluations": shown,
+        "statistics": estimates(row.study, counted),
         "rounds_planned": row.study.federation.rounds,
         "approvals": [
             {

@@ -25,6 +25,7 @@ from consilium_server.tables import (
     Progress,
     Received,
     Round,
+    StatisticsRow,
     StudyRow,
     Witnessed,
     append_only_triggers,
@@ -192,6 +193,11 @@ class Registry:
         """Return the evaluation after so many rounds; None where it was not done yet."""
         with self.transaction() as session:
             return session.get(EvaluationRow, (digest, rounds_done))
+
+    def statistics(self, digest: str) -> StatisticsRow | None:
+        """Return a study's statistics; None where they were not gathered."""
+        with self.transaction() as session:
+            return session.get(StatisticsRow, digest)
 
     def progress(self, digest: str) -> list[Progress]:
         """Return what sites said last about a study."""

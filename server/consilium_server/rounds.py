@@ -1,4 +1,4 @@
-"""A study's run: the starting model evaluated, rounds trained and averaged, the result kept."""
+"""A study's run: statistics, the starting model evaluated, rounds trained, the result kept."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from consilium_server.home import ServerHome
 from consilium_server.registry import Registry
 from consilium_server.released import checked_figures, noisy_score
 from consilium_server.starts import PublicStarts
+from consilium_server.statistics import gather
 from consilium_server.tables import EvaluationRow, Received, Round, now
 
 if TYPE_CHECKING:
@@ -60,11 +61,18 @@ class StudyRun:
         self._specs = trained_specs(self.study)
 
     def run(self) -> None:
-        """Go on from the last checkpoint: train, evaluate where the study says, keep the model.
+        """Go on from the last checkpoint: count, train, evaluate where asked, keep the model.
 
         What was evaluated is not evaluated again: stage 0, the starting model, is one of these.
         """
         checkpoint = load_checkpoint(self._folder) or Checkpoint(0, self._starting_weights())
+        if checkpoint.rounds_done == 0:
+            gather(
+                self.study,
+                self._asking,
+                self._registry,
+                lambda site, content: self._note(site, "statistics", 0, content),
+            )
         while True:
             done = checkpoint.rounds_done
             if done in self.study.evaluations:

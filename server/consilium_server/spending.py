@@ -11,9 +11,8 @@ many rounds it speaks.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from consilium_common.study import Study
@@ -43,6 +42,7 @@ class SpendMeter:
         study: Study,
         participants: Sequence[Sequence[str]],
         evaluated: Iterable[Iterable[str]] = (),
+        counted: Iterable[str] = (),
         *,
         exact: bool,
     ) -> Spend:
@@ -54,6 +54,8 @@ class SpendMeter:
             The sites whose update was added, round by round.
         evaluated : iterable of iterable of str
             The sites whose noised figure was released, evaluation by evaluation.
+        counted : iterable of str
+            The sites that released statistics of the patients they train on.
         exact : bool
             Compute now, however recent the last figures are.
         """
@@ -67,24 +69,32 @@ class SpendMeter:
         plan = parameters(study)
         assert plan is not None  # the study is private
         found = Spend(
-            training=_composed(plan.event_per_round, participants, plan.delta),
-            evaluation=_composed(plan.evaluation_event, evaluated, plan.delta),
+            training=_composed(
+                [
+                    *((site, plan.event_per_round) for sites in participants for site in sites),
+                    *((site, plan.statistics_event) for site in counted),
+                ],
+                plan.delta,
+            ),
+            evaluation=_composed(
+                ((site, plan.evaluation_event) for sites in evaluated for site in sites), plan.delta
+            ),
         )
         self._last[study.digest] = (time.monotonic(), found)
         return found
 
 
-def _composed(
-    event: PrivacyEvent | None, took_part: Iterable[Iterable[str]], delta: float
-) -> dict[str, float]:
-    """Return ε of as many events as each site took part in; sites alike are computed once."""
+def _composed(charged: Iterable[tuple[str, PrivacyEvent | None]], delta: float) -> dict[str, float]:
+    """Return ε of all events of each site; sites alike are computed once."""
     from consilium_common.privacy.accounting import epsilon_of
+    from consilium_common.privacy.events import grouped
 
-    if event is None:
-        return {}
-    counts = Counter(site for sites in took_part for site in sites)
-    by_count = {
-        count: round(epsilon_of([replace(event, steps=event.steps * count)], delta), 4)
-        for count in set(counts.values())
+    events: dict[str, list[PrivacyEvent]] = {}
+    for site, event in charged:
+        if event is not None:
+            events.setdefault(site, []).append(event)
+    histories = {site: grouped(of) for site, of in events.items()}
+    by_history = {
+        history: round(epsilon_of(history, delta), 4) for history in set(histories.values())
     }
-    return {site: by_count[count] for site, count in sorted(counts.items())}
+    return {site: by_history[history] for site, history in sorted(histories.items())}

@@ -135,6 +135,20 @@ def show(study: Which, home: Home = DEFAULT_HOME) -> None:
 
 @app.command()
 @command
+def stats(study: Which, home: Home = DEFAULT_HOME) -> None:
+    """Show a study's statistics over sites: public values, and noised ones that it asks for."""
+    from consilium_server.statistics import print_view, public_view
+
+    data = public_view(_call(home, methods.OPERATOR_SHOW, {"digest": study}))
+
+    def people(console: Console) -> None:
+        print_view(data, console)
+
+    result(data, people)
+
+
+@app.command()
+@command
 def run(
     study: Which,
     home: Home = DEFAULT_HOME,

@@ -123,6 +123,21 @@ class EvaluationRow(Base):
     ended_at: Mapped[str] = mapped_column(default="")
 
 
+class StatisticsRow(Base):
+    """A study's federated statistics: asked for once, before the first round."""
+
+    __tablename__ = "statistics"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    dropped: Mapped[dict[str, str]] = mapped_column(JSON)  #: site to reason
+    #: Noised sums by site: ``<table>.<bin>`` to number.
+    figures: Mapped[dict[str, dict[str, float]]] = mapped_column(JSON)
+    #: Patients counted, by site, as declared when it was asked.
+    declared: Mapped[dict[str, int]] = mapped_column(JSON)
+    #: Standard deviation of the noise on each of a site's numbers.
+    noise: Mapped[float]
+    ended_at: Mapped[str] = mapped_column(default="")
+
+
 class Progress(Base):
     """What a site said last about the running round; public facts alone."""
 
@@ -157,8 +172,8 @@ class Received(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     study: Mapped[str]
     site: Mapped[str]
-    purpose: Mapped[str]  #: training or evaluation
-    round: Mapped[int]  #: for an evaluation the number of rounds done
+    purpose: Mapped[str]  #: training, evaluation or statistics
+    round: Mapped[int]  #: for an evaluation the number of rounds done, for statistics 0
     sha256: Mapped[str]
     bytes: Mapped[int]
     time: Mapped[str]

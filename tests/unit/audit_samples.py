@@ -117,6 +117,7 @@ class Site:
         members: list[str] | None = None,
         purpose: str = "training",
         released: bool = True,
+        clip_norm: float | None = None,
     ) -> None:
         """Charge a round, release its update and let the aggregator receive it."""
         named = patients(40) if members is None else members
@@ -130,7 +131,7 @@ class Site:
             "round": round_index,
             "model": "silo-local",
             "event": event.to_dict(),
-            "clip_norm": 1.0 if purpose == "training" else 0.5,
+            "clip_norm": clip_norm or (1.0 if purpose == "training" else 0.5),
             "delta": 1e-3,
             "cohort": cohort,
         })  # fmt: skip

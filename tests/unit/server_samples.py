@@ -19,7 +19,7 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.models.registry import trained_specs
 from consilium_common.models.weights import pack, unpack
 from consilium_common.study import Study
-from consilium_common.wire.messages import from_server, to_server
+from consilium_common.wire.messages import instructions_of, to_server, weights_of
 from consilium_server.home import ServerConfig, ServerHome
 from consilium_server.overview import study_overview
 from consilium_server.registry import Registry
@@ -60,6 +60,8 @@ class Answers:
     def __init__(self, study: Study) -> None:
         self.trained = {spec.name for spec in trained_specs(study)}
         self.sums = dict.fromkeys(SITES, 0.0)
+        #: What each site answers when it is asked for statistics.
+        self.statistics: dict[str, dict[str, float]] = {site: {} for site in SITES}
         self.asked: list[tuple[str, int]] = []
         self.models: dict[tuple[str, int], Weights] = {}
         self.last: list[tuple[str, int]] = []
@@ -67,16 +69,19 @@ class Answers:
         self.instead: Callable[[str, str, int], Any] = lambda *_: None
 
     def of(self, site: str, kind: str, content: Any) -> Any:
-        asked, blob = from_server(content)
+        asked = instructions_of(content)
         step = (kind, asked.round_index)
         if step not in self.asked:
             self.asked.append(step)
         if asked.last and step not in self.last:
             self.last.append(step)
-        self.models[step] = unpack(blob)
+        if kind != "query":
+            self.models[step] = unpack(weights_of(content))
         instead = self.instead(site, kind, asked.round_index)
         if instead is not None:
             return instead
+        if kind == "query":
+            return to_server(None, self.statistics[site])
         if kind == "evaluate":
             return to_server(None, {"sum": self.sums[site]})
         return to_server(pack(self.update(self.models[step], site)), None)

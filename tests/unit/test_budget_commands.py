@@ -141,7 +141,7 @@ def test_one_patient_s_spend_by_study_and_year(
     data = said(capsys)
     cost = epsilon_of([ROUND], DELTA)
     assert (data["spent"], data["remaining"]) == (cost, 10 - cost)
-    part = {"rounds": 1, "evaluations": 0, "epsilon": cost}
+    part = {"rounds": 1, "evaluations": 0, "statistics": 0, "epsilon": cost}
     assert data["studies"] == [{"study": digest, **part}]
     (year,) = data["years"]
     assert year == {"year": year["year"], **part}

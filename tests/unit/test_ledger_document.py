@@ -90,7 +90,7 @@ class Reader:
             self.cohorts.add(body["cohort"])
         elif kind == "charge":
             assert body["cohort"] in self.cohorts
-            assert body["purpose"] in ("training", "evaluation")
+            assert body["purpose"] in ("training", "evaluation", "statistics")
             assert body["model"] == "silo-local"
             key = (body["study"], body["purpose"], body["round"])
             standing = [k for _, fate, k in self.fates.values() if fate != "voided"]
@@ -131,6 +131,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     folder = tmp_path_factory.mktemp("document")
     with witnessed_ledger(folder / "ledger.db") as ledger:
         charge(ledger, 0, purpose="evaluation")
+        charge(ledger, 0, purpose="statistics")
         ledger.export_jsonl(folder / "ledger.jsonl")
     return (folder / "ledger.jsonl").read_bytes().split(b"\n")[:-1]
 
@@ -138,7 +139,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 def test_the_document_s_verifier_accepts_a_real_export(lines: list[bytes]) -> None:
     bad, reader = read(lines)
     assert bad == 0
-    assert (reader.entries, reader.witnessed) == (9, 6)
+    assert (reader.entries, reader.witnessed) == (10, 6)
 
 
 def test_both_verifiers_name_the_same_line_of_a_changed_export(lines: list[bytes]) -> None:

@@ -72,6 +72,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     folder = tmp_path_factory.mktemp("schema")
     with witnessed_ledger(folder / "ledger.db", 3) as ledger:
         charge(ledger, 0, purpose="evaluation")
+        charge(ledger, 0, purpose="statistics")
         ledger.export_jsonl(folder / "ledger.jsonl")
     return (folder / "ledger.jsonl").read_bytes().split(b"\n")[:-1]
 

@@ -19,6 +19,7 @@ from consilium_client.auditing.sensitivity import (
 )
 from consilium_client.auditing.subject import Subject
 from consilium_common.study import Study
+from consilium_common.study.covariates import input_channels
 
 if TYPE_CHECKING:
     from consilium_client.training.compute import Compute
@@ -122,7 +123,8 @@ class NetworkPatients:
         classes = len(task.classes)
         # A look and an order of classes of one's own: patients as alike as noise would hide in
         # each other, and an attack on them would show little.
-        style = rng.uniform(-1, 1, (len(task.inputs), len(size))), rng.dirichlet([0.3] * classes)
+        frequencies = rng.uniform(-1, 1, (input_channels(task), len(size)))
+        style = frequencies, rng.dirichlet([0.3] * classes)
         cases = []
         for number in range(training.patches_per_patient):
             pixels = _waves(rng, style[0], size)

@@ -145,7 +145,7 @@ def charge_round(
     clip_norm: float,
     purpose: Purpose = "training",
 ) -> Entry:
-    """Charge one round or one evaluation if policy and budget still permit the rest of it.
+    """Charge one round, one evaluation or the statistics if policy and budget permit the rest.
 
     Check and charge are one transaction: no other process can spend in between. The mechanism
     that will run must be the one the study names.
@@ -156,16 +156,17 @@ def charge_round(
         As for :func:`price`.
     round_index : int
         Round, from 0, below the study's number of rounds; of an evaluation the number of rounds
-        done, one of ``study.evaluations``.
+        done, one of ``study.evaluations``; of statistics 0.
     patients : sequence of str
-        Keyed hashes of those whom the round may sample, or whom the evaluation scores.
+        Keyed hashes of those whom the round may sample, or whom the evaluation scores, or whom
+        the statistics count.
     event : PrivacyEvent
         What the mechanism that will run says of itself.
     clip_norm : float
-        C of that mechanism; 1/2 for an evaluation. With adaptive clipping any C: the noise
-        follows it, so that the event stays the same.
+        C of that mechanism; 1/2 for an evaluation, √tables for statistics. With adaptive clipping
+        any C: the noise follows it, so that the event stays the same.
     purpose : str
-        ``training`` or ``evaluation`` (default: training).
+        ``training``, ``evaluation`` or ``statistics`` (default: training).
 
     Raises
     ------
@@ -177,9 +178,13 @@ def charge_round(
     plan = parameters(study)
     expected = None
     if plan is not None:
-        expected = plan.event_per_round if purpose == "training" else plan.evaluation_event
+        expected = {
+            "training": plan.event_per_round,
+            "evaluation": plan.evaluation_event,
+            "statistics": plan.statistics_event,
+        }[purpose]
     if plan is None or expected is None or study.privacy.mode == "none":
-        what = "no privacy" if plan is None else "no released evaluation figures"
+        what = "no privacy" if plan is None else f"no released {purpose} figures"
         raise ConsiliumError("privacy.nothing-to-charge", f"The study has {what} to charge for.")
     if event != expected or not _same_clip_norm(plan, study, clip_norm, purpose):
         raise ConsiliumError(
@@ -227,14 +232,14 @@ def _require(
     since: str | None,
 ) -> Price:
     require_permitted(policy, study, patients, purpose=purpose)
-    training = purpose == "training"
+    evaluating = purpose == "evaluation"
     found = compute_price(
         state,
         policy,
         study,
         plan=parameters(study),
-        patients=patients if training else (),
-        evaluated=() if training else patients,
+        patients=() if evaluating else patients,
+        evaluated=patients if evaluating else (),
         reserved=(),
         since=since,
     )
@@ -249,6 +254,8 @@ def _same_clip_norm(
 ) -> bool:
     if purpose == "evaluation":
         return float(clip_norm) == SCORE_SENSITIVITY
+    if purpose == "statistics":
+        return float(clip_norm) == plan.statistics_sensitivity
     if study.privacy.mode == "patient" and study.privacy.clipping.kind == "adaptive":
         return float(clip_norm) > 0
     return float(clip_norm) == plan.clip_norm
@@ -269,6 +276,12 @@ def _require_known_round(
             "privacy.round-unknown",
             f"The study does not evaluate after {round_index} rounds.",
             hint=f"It evaluates after these numbers of rounds: {known}.",
+        )
+    if purpose == "statistics" and round_index != 0:
+        raise ConsiliumError(
+            "privacy.round-unknown",
+            "The study's statistics are gathered once, before the first round.",
+            hint="They are asked for as round 0.",
         )
 
 

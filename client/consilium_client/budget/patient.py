@@ -23,6 +23,7 @@ class Part:
     name: str
     rounds: int
     evaluations: int
+    statistics: int
     epsilon: float
 
     def to_dict(self, key: str) -> dict[str, Any]:
@@ -31,6 +32,7 @@ class Part:
             key: self.name,
             "rounds": self.rounds,
             "evaluations": self.evaluations,
+            "statistics": self.statistics,
             "epsilon": self.epsilon,
         }
 
@@ -80,7 +82,8 @@ class PatientBudget:
         for what, parts in (("study", self.studies), ("year", self.years)):
             lines += [
                 f"  {what} {part.name[:12]}: ε {part.epsilon:.3f} "
-                f"({part.rounds} rounds, {part.evaluations} evaluations)"
+                f"({part.rounds} rounds, {part.evaluations} evaluations"
+                + (f", {part.statistics} statistics)" if part.statistics else ")")
                 for part in parts
             ]
         return lines
@@ -127,6 +130,7 @@ def _parts(named: Iterable[tuple[str, Charge]], delta: float) -> tuple[Part, ...
             name,
             rounds=sum(charge.purpose == "training" for charge in charges),
             evaluations=sum(charge.purpose == "evaluation" for charge in charges),
+            statistics=sum(charge.purpose == "statistics" for charge in charges),
             epsilon=epsilon_of([charge.event for charge in charges], delta),
         )
         for name, charges in groups.items()

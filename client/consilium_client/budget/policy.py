@@ -85,7 +85,8 @@ class Policy(_Part):
     minimal_sites: Annotated[int, Field(ge=1, le=10_000)] = 2
     #: Whether exact evaluation figures of studies without privacy may leave the site.
     release_exact_metrics: bool = False
-    #: Largest ε of one study's released, noised evaluation figures; None: none may be released.
+    #: Largest ε of one study's released, noised figures: of its evaluations for a test patient, of
+    #: its statistics for a training patient. None: none may be released.
     private_metrics_epsilon: Annotated[float, Field(gt=0, le=100)] | None = DEFAULT_METRICS_EPSILON
 
     def to_canonical(self) -> dict[str, Any]:
@@ -135,8 +136,9 @@ minimal_sites: {chosen.minimal_sites}
 # true: exact evaluation figures (Dice, AUC) of studies without privacy may leave this site.
 release_exact_metrics: {_scalar(chosen.release_exact_metrics)}
 
-# Largest epsilon that a private study may spend of each test patient on noised evaluation figures
-# that leave this site; null: none may leave. It counts in the budget above like all else.
+# Largest epsilon that a private study may spend on noised figures that leave this site: of each
+# test patient on evaluation figures, and of each training patient on statistics (nobody is both).
+# null: none may leave. It counts in the budget above like all else.
 private_metrics_epsilon: {_scalar(chosen.private_metrics_epsilon)}
 """
 

@@ -45,8 +45,8 @@ class PolicyRecord:
             f"One study: {cap}. Threat models permitted: {models}.",
             f"Studies without privacy: {_permitted(policy.permit_non_private)}; their exact "
             f"evaluation figures: {_permitted(policy.release_exact_metrics)}.",
-            "Noised evaluation figures of private studies: "
-            + ("refused." if metrics is None else f"at most ε {metrics:g} a study."),
+            "Noised evaluation figures, and noised statistics, of private studies: "
+            + ("refused." if metrics is None else f"at most ε {metrics:g} each a study."),
             f"At least {policy.minimal_cohort} patients here, and studies that need at least "
             f"{policy.minimal_sites} sites.",
         ]

@@ -48,9 +48,12 @@ class Price:
     delta : float
         The policy's δ, at which every ε but the declared one is computed.
     declared_delta, declared_epsilon : float or None
-        The study's own δ, and ε of the training of the whole study at it.
+        The study's own δ, and ε of the training of the whole study at it, statistics included.
     study_epsilon, evaluation_epsilon : float or None
-        ε of the whole study on its own, for a training patient and for a test patient.
+        ε of the whole study on its own, for a training patient (statistics included) and for a
+        test patient.
+    statistics_epsilon : float or None
+        ε of the released statistics alone, for a training patient; None where none are released.
     before, after : float or None
         ε of the training patient who will have spent most: now, and once the rest of this study
         and of ``reserving`` other ones has run.
@@ -62,8 +65,9 @@ class Price:
         Charges older than that do not count.
     reserving : int
         Other approved studies whose rest is counted in ``after``.
-    rounds_charged, rounds_left, evaluations_left : int
-        Rounds of this study that are charged and stand; rounds and released evaluations to come.
+    rounds_charged, rounds_left, evaluations_left, statistics_left : int
+        Rounds of this study that are charged and stand; rounds, released evaluations and released
+        statistics (0 or 1) to come.
     leaves_out : frozenset of str
         Keyed hashes of the patients left out. They stay at the site: :meth:`to_dict` omits them.
     allowed : bool
@@ -93,6 +97,8 @@ class Price:
     rounds_charged: int
     rounds_left: int
     evaluations_left: int
+    statistics_epsilon: float | None = None
+    statistics_left: int = 0
     leaves_out: frozenset[str] = field(default=frozenset(), repr=False)
     allowed: bool = True
     code: str = ""
@@ -135,6 +141,11 @@ class Price:
                 f"{people(self.evaluated, 'test patient')}{_out(self.evaluated_left_out)}; the one "
                 f"who has spent most goes from {self.evaluation_before:.2f} to "
                 f"{self.evaluation_after:.2f}."
+            )
+        if self.statistics_epsilon is not None:
+            said.append(
+                f"Noised statistics of the training patients leave the site: ε "
+                f"{self.statistics_epsilon:.2f} by themselves, counted in the figures above."
             )
         said.append(
             f"Threat model {self.threat_model}: the noise is added here, before anything leaves."
@@ -196,13 +207,20 @@ def compute_price(
     charged = {c.round_index for c in charges if c.purpose == "training"}
     scored = {c.round_index for c in charges if c.purpose == "evaluation"}
     left = sum(index not in charged for index in range(plan.rounds))
-    training = plan.event_of(left) if left else None
+    counted = plan.statistics_event
+    to_count = int(counted is not None and not any(c.purpose == "statistics" for c in charges))
+    training = grouped(
+        [
+            *([plan.event_of(left)] if left else []),
+            *([counted] if counted is not None and to_count else []),
+        ]
+    )
     whole = whole_evaluation(plan)
     to_score = sum(n not in scored for n in study.evaluations) if whole is not None else 0
-    evaluation = (
-        PrivacyEvent(1.0, whole.noise_multiplier, to_score)
+    evaluation = grouped(
+        [PrivacyEvent(1.0, whole.noise_multiplier, to_score)]
         if whole is not None and to_score
-        else None
+        else []
     )
     found = _alike(
         state,
@@ -226,7 +244,7 @@ def compute_price(
         evaluated_left_out=tested.outside,
         delta=budget.delta,
         declared_delta=plan.delta,
-        declared_epsilon=epsilon_of([plan.event_total], plan.delta),
+        declared_epsilon=epsilon_of(plan.events_of(plan.rounds), plan.delta),
         study_epsilon=_alone(state, study, trained.shown, training, budget.delta),
         evaluation_epsilon=None
         if whole is None
@@ -242,6 +260,8 @@ def compute_price(
         rounds_charged=len(charged),
         rounds_left=left,
         evaluations_left=to_score,
+        statistics_epsilon=None if counted is None else epsilon_of([counted], budget.delta),
+        statistics_left=to_count,
         leaves_out=frozenset(patient for group in out for patient in group.members),
     )
 
@@ -267,7 +287,7 @@ def _alike(
     trained: frozenset[str],
     evaluated: frozenset[str],
     *,
-    rest: tuple[PrivacyEvent | None, PrivacyEvent | None],
+    rest: tuple[History, History],
     reserved: Sequence[Reservation],
     delta: float,
     since: str | None,
@@ -287,7 +307,8 @@ def _alike(
         parts.setdefault((roles, inside, plans), []).append(patient)
     found = []
     for ((in_training, in_evaluation), _, plans), members in parts.items():
-        own = [e for e, mine in zip(rest, (in_training, in_evaluation), strict=True) if e and mine]
+        roles = (in_training, in_evaluation)
+        own = [e for events, mine in zip(rest, roles, strict=True) if mine for e in events]
         past = state.events_of(members[0], since=since)
         found.append(
             _Alike(
@@ -305,14 +326,13 @@ def _alone(
     state: LedgerState,
     study: Study,
     patients: Iterable[str],
-    rest: PrivacyEvent | None,
+    rest: History,
     delta: float,
 ) -> float:
     """Return ε of the whole study on its own: what it has charged and what is to come."""
-    plan = (rest,) if rest is not None else ()
     # Of a cohort of nobody the price is that of somebody who joins now.
     histories = state.histories(frozenset(patients), study=study.digest) or {(): 0}
-    return max(epsilon_of(grouped((*history, *plan)), delta) for history in histories)
+    return max(epsilon_of(grouped((*history, *rest)), delta) for history in histories)
 
 
 def _without_privacy(policy: Policy, study: Study, patients: int) -> Price:

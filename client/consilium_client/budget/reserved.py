@@ -42,12 +42,18 @@ class Reservation:
     study: str
     training: Share | None
     evaluation: Share | None
+    statistics: Share | None
     left_out: frozenset[str]
 
     def events(self, patient: str, *, trained: bool, evaluated: bool) -> list[PrivacyEvent]:
         """Return what the study may still cost a patient with these roles in the priced one."""
         found = []
-        for share, assumed in ((self.training, trained), (self.evaluation, evaluated)):
+        shares = (
+            (self.training, trained),
+            (self.statistics, trained),
+            (self.evaluation, evaluated),
+        )
+        for share, assumed in shares:
             if share is None or patient in self.left_out:
                 continue
             if assumed if share.members is None else patient in share.members:
@@ -64,7 +70,7 @@ def reservations(
         if decision.decision != "approved" or decision.study.digest == priced.digest:
             continue
         rest = _rest(state, decision)
-        if rest.training is not None or rest.evaluation is not None:
+        if any(share is not None for share in (rest.training, rest.evaluation, rest.statistics)):
             found.append(rest)
     return tuple(found)
 
@@ -73,20 +79,24 @@ def _rest(state: LedgerState, decision: Decision) -> Reservation:
     study = decision.study
     plan = parameters(study)
     if plan is None:
-        return Reservation(study.digest, None, None, decision.left_out)
+        return Reservation(study.digest, None, None, None, decision.left_out)
     charges = state.standing(study.digest)
     trained = [c.round_index for c in charges if c.purpose == "training"]
     scored = {c.round_index for c in charges if c.purpose == "evaluation"}
     # Rounds run in order: those before the newest charge were missed, and do not come back.
     done = max([0, *(index + 1 for index in trained), *scored])
-    training = evaluation = None
+    training = evaluation = statistics = None
     if plan.rounds > done:
         training = Share(plan.event_of(plan.rounds - done), _members(state, study, "training"))
     left = [n for n in study.evaluations if n >= done and n not in scored]
     if plan.evaluation_noise is not None and left:
         event = PrivacyEvent(1.0, plan.evaluation_noise, len(left))
         evaluation = Share(event, _members(state, study, "evaluation"))
-    return Reservation(study.digest, training, evaluation, decision.left_out)
+    # Gathered before the first round; kept free until the last one, in case they still come.
+    counted = plan.statistics_event
+    if counted is not None and plan.rounds > done and _members(state, study, "statistics") is None:
+        statistics = Share(counted, _members(state, study, "training"))
+    return Reservation(study.digest, training, evaluation, statistics, decision.left_out)
 
 
 def _members(state: LedgerState, study: Study, purpose: Purpose) -> frozenset[str] | None:

@@ -45,15 +45,15 @@ def policy_refusal(
     plan : PrivacyParameters or None
         The study's mechanism, None without privacy.
     patients : int
-        Patients that the training, or the evaluation, would touch.
+        Patients that the training (and the statistics), or the evaluation, would touch.
     purpose : str
-        The minimal cohort is asked of training alone: an evaluation is of few patients by nature,
-        and its noise does not shrink with their number.
+        The minimal cohort is not asked of an evaluation: that is of few patients by nature, and
+        its noise does not shrink with their number.
     """
     refused = _study_refusal(policy, study, plan)
     if refused is not None:
         return refused
-    if purpose == "training" and patients < policy.minimal_cohort:
+    if purpose != "evaluation" and patients < policy.minimal_cohort:
         # How many there are stays at the site: it is a fact about its data.
         return Refusal(
             "privacy.cohort-too-small",
@@ -107,25 +107,39 @@ def _study_refusal(policy: Policy, study: Study, plan: PrivacyParameters | None)
 
 
 def _metrics_refusal(policy: Policy, plan: PrivacyParameters | None) -> Refusal | None:
-    whole = whole_evaluation(plan)
-    if whole is None:
-        return None
+    """Return why noised figures are refused: those of test patients, or the statistics.
+
+    The cap holds for each alone: evaluations are of test patients and statistics of training
+    patients, so nobody pays for both.
+    """
+    counted = None if plan is None else plan.statistics_event
+    for event, what, key in (
+        (whole_evaluation(plan), "evaluation figures", "evaluation"),
+        (counted, "statistics", "statistics"),
+    ):
+        refused = None if event is None else _noised_refusal(policy, event, what, key)
+        if refused is not None:
+            return refused
+    return None
+
+
+def _noised_refusal(policy: Policy, event: PrivacyEvent, what: str, key: str) -> Refusal | None:
     cap = policy.private_metrics_epsilon
     if cap is None:
+        off = "evaluation.release to none" if key == "evaluation" else "statistics to null"
         return Refusal(
             "privacy.metrics-refused",
-            "The study releases noised evaluation figures, which this site's policy does not "
-            "permit.",
-            "Set evaluation.release to none, or private_metrics_epsilon in the site's policy.yaml.",
+            f"The study releases noised {what}, which this site's policy does not permit.",
+            f"Set {off}, or private_metrics_epsilon in the site's policy.yaml.",
         )
     delta = policy.budget.delta
-    cost = epsilon_of([whole], delta)
+    cost = epsilon_of([event], delta)
     if cost > cap:
         return Refusal(
             "privacy.metrics-refused",
-            f"The study's evaluation figures cost ε {cost:.2f} at δ {delta:g}; this site's policy "
+            f"The study's {what} cost ε {cost:.2f} at δ {delta:g}; this site's policy "
             f"permits {cap:g}.",
-            "Lower evaluation.epsilon in the study, or raise private_metrics_epsilon in the "
+            f"Lower {key}.epsilon in the study, or raise private_metrics_epsilon in the "
             "site's policy.yaml.",
         )
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,12 +177,14 @@ def _print_study(state: LedgerState, policy: Policy, digest: str) -> None:
     for year in sorted({charge.time[:4] for charge in charges}):
         inside = [charge for charge in charges if charge.time[:4] == year]
         by_year.append({"year": int(year), "charges": len(inside)})
-    rounds = sum(charge.purpose == "training" for charge in charges)
+    counted = Counter(charge.purpose for charge in charges)
     released = sum(charge.state == "released" for charge in charges)
     lines = [
-        f"Study {digest[:12]} by itself: {rounds} rounds and {len(charges) - rounds} evaluations "
-        f"charged, {released} of them released (δ {budget.delta:g}, unit patient, adjacency add "
-        "or remove one).",
+        f"Study {digest[:12]} by itself: {counted['training']} rounds and "
+        f"{counted['evaluation']} evaluations"
+        + (" and the statistics" if counted["statistics"] else "")
+        + f" charged, {released} of them released (δ {budget.delta:g}, unit patient, adjacency "
+        "add or remove one).",
         *(f"  {people(number)}: ε {epsilon:.3f} each" for epsilon, number in groups),
         *(f"  {row['year']}: {row['charges']} charges" for row in by_year),
     ]
@@ -191,8 +194,9 @@ def _print_study(state: LedgerState, policy: Policy, digest: str) -> None:
             "adjacency": ADJACENCY,
             "study": digest,
             "delta": budget.delta,
-            "rounds": rounds,
-            "evaluations": len(charges) - rounds,
+            "rounds": counted["training"],
+            "evaluations": counted["evaluation"],
+            "statistics": counted["statistics"],
             "released": released,
             "patients": [{"epsilon": epsilon, "patients": number} for epsilon, number in groups],
             "years": by_year,

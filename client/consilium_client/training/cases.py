@@ -20,7 +20,8 @@ class Case(Protocol):
         """The site's own name of the case; it never leaves the site."""
 
     def image(self) -> NDArray[np.float32]:
-        """Return the preprocessed image, float32, shape (channels, \\*spatial)."""
+        """Return what the network is given, float32, shape (channels, \\*spatial): the preprocessed
+        image, then the covariates' constant channels."""
 
     def label(self) -> Array:
         """Return the label.

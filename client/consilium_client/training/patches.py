@@ -13,6 +13,7 @@ from consilium_client.training.augment import augment
 from consilium_client.training.cases import Array, Case, PatientRecord
 from consilium_common.errors import ConsiliumError
 from consilium_common.study import Study
+from consilium_common.study.covariates import input_channels
 
 #: Voxels remembered per class and case. More would not make patches more varied.
 _REMEMBERED: Final = 20_000
@@ -131,8 +132,14 @@ class PatchSource:
             start = self._start(case, self._patch, rng)
             image = _cut(image, start, self._patch)
             label = _cut(label[np.newaxis], start, self._patch)[0]
-        changed = (augment(image, label, settings, rng) for _ in range(settings.copies))
-        return [(new, case.label if moved is None else moved) for new, moved in changed]
+        pixels = len(self._study.task.inputs)
+        drawn = []
+        for _ in range(settings.copies):
+            new, moved = augment(image[:pixels], label, settings, rng)
+            if len(image) > pixels:  # covariates are facts: nothing changes them
+                new = np.concatenate([new, image[pixels:]])
+            drawn.append((new, case.label if moved is None else moved))
+        return drawn
 
     def _start(
         self, case: TrainingCase, patch: tuple[int, ...], rng: np.random.Generator
@@ -168,11 +175,12 @@ def _cut(array: Array, start: Sequence[int], patch: Sequence[int]) -> Array:
 def _load(study: Study, case: Case) -> TrainingCase:
     image, label = case.image(), np.asarray(case.label())
     spatial = image.shape[1:]
-    if image.shape[0] != len(study.task.inputs) or len(spatial) != study.task.dimensions:
+    channels = input_channels(study.task)
+    if image.shape[0] != channels or len(spatial) != study.task.dimensions:
         raise ConsiliumError(
             "data.channels",
             f"An image has {image.shape[0]} channels in {len(spatial)} dimensions; the study "
-            f"wants {len(study.task.inputs)} in {study.task.dimensions}.",
+            f"wants {channels} in {study.task.dimensions}.",
             hint="Import the data again with `consilium site data import`.",
         )
     classes = len(study.task.classes)

@@ -172,6 +172,15 @@ def plan_plot(plan: AuditPlan, kind: str) -> bytes:
         return stream.getvalue()
 
 
+def _epsilon_after(mechanism: PrivacyParameters, rounds: int) -> float:
+    """Return ε after so many rounds of one study, and from there of a second equal one."""
+    first = min(rounds, mechanism.rounds)
+    events = mechanism.events_of(first)
+    if rounds > first:
+        events += mechanism.events_of(rounds - first)
+    return epsilon_of(events, mechanism.delta)
+
+
 def _rounds(axes: Axes, plan: AuditPlan) -> None:
     drawn: dict[tuple[float, ...], tuple[PrivacyParameters, list[str]]] = {}
     for row in plan.rows:
@@ -183,7 +192,7 @@ def _rounds(axes: Axes, plan: AuditPlan) -> None:
         marks = sorted({1, *(max(1, round(last * part / 12)) for part in range(1, 13))})
         axes.plot(
             marks,
-            [epsilon_of([mechanism.event_of(n)], mechanism.delta) for n in marks],
+            [_epsilon_after(mechanism, n) for n in marks],
             color=PALETTE[index % len(PALETTE)],
             linestyle=_DASHES[index % len(_DASHES)],
             label=f"{', '.join(sizes)} patients",

@@ -30,6 +30,7 @@ class StudyCost:
     study: str
     rounds: int
     evaluations: int
+    statistics: int
     released: int
     patients: int
     epsilon: CrossCheck
@@ -256,6 +257,7 @@ def _study(state: LedgerState, study: str) -> StudyCost:
         study=study,
         rounds=sum(charge.purpose == "training" for charge in charges),
         evaluations=sum(charge.purpose == "evaluation" for charge in charges),
+        statistics=sum(charge.purpose == "statistics" for charge in charges),
         released=sum(charge.state == "released" for charge in charges),
         patients=sum(state.histories(study=study).values()),
         epsilon=cross_check(worst(state, delta, study=study).history, delta),

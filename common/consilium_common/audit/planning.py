@@ -33,7 +33,8 @@ class PlannedSite:
     mechanism : PrivacyParameters
         With σ calibrated where ε was given.
     epsilon : float
-        Of the whole training, for a patient who takes part, at the mechanism's δ.
+        Of the whole training, and of released statistics, for a patient who takes part, at the
+        mechanism's δ.
     rounds_left : int
         Rounds of the same kind that the budget has left after the study; negative where the study
         itself overruns it. Counted up to 10 000 rounds in all.
@@ -214,7 +215,7 @@ def affordable_rounds(mechanism: PrivacyParameters, budget: float) -> int:
     """Return the most rounds of this mechanism whose ε stays within ``budget``, up to 10 000."""
 
     def cost(of: Callable[..., float]) -> Callable[[int], bool]:
-        return lambda rounds: of([mechanism.event_of(rounds)], mechanism.delta) <= budget
+        return lambda rounds: of(mechanism.events_of(rounds), mechanism.delta) <= budget
 
     # RDP is quick and never below PLD: what it allows is allowed, and PLD goes on from there.
     return _most(cost(epsilon_of), at_least=_most(cost(epsilon_rdp)))
@@ -231,7 +232,8 @@ def _plan(
     rows = []
     warnings = []
     for number, mechanism in zip(patients, mechanisms, strict=True):
-        epsilon = epsilon_of([mechanism.event_total], mechanism.delta)
+        once = mechanism.events_of(mechanism.rounds)
+        epsilon = epsilon_of(once, mechanism.delta)
         evaluation = mechanism.evaluation_event
         scored = [evaluation] * mechanism.evaluations if evaluation is not None else []
         per_step = over_study = verdict = None
@@ -246,7 +248,7 @@ def _plan(
                 epsilon=epsilon,
                 evaluation_epsilon=epsilon_of(scored, mechanism.delta) if scored else None,
                 rounds_left=affordable_rounds(mechanism, budget) - mechanism.rounds,
-                second=epsilon_of([mechanism.event_of(2 * mechanism.rounds)], mechanism.delta),
+                second=epsilon_of([*once, *once], mechanism.delta),
                 per_step=per_step,
                 over_study=over_study,
                 verdict=verdict,

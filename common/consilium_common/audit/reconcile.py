@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from consilium_common.audit.documents import Egress, Records, Update
 from consilium_common.ledger.state import LedgerState
@@ -12,6 +12,9 @@ from consilium_common.ledger.witness import WitnessRecord
 
 if TYPE_CHECKING:
     from consilium_common.study.schema import Study
+
+
+_WHAT: Final = {"training": "an update", "evaluation": "an evaluation", "statistics": "statistics"}
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ def _stored(update: Update, *, charged: bool) -> Difference:
 
 
 def _named(update: Update) -> str:
-    what = "an update" if update.purpose == "training" else "an evaluation"
     return (
-        f"{what} of study {update.study[:12]}, round {update.round}, SHA-256 {update.sha256[:12]}"
+        f"{_WHAT[update.purpose]} of study {update.study[:12]}, round {update.round}, "
+        f"SHA-256 {update.sha256[:12]}"
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from consilium_common.audit.ledger_report import StudyCost
 from consilium_common.ledger.state import Charge, LedgerState
 from consilium_common.privacy.accounting import parameters
+from consilium_common.privacy.events import SCORE_SENSITIVITY
 
 if TYPE_CHECKING:
     from consilium_common.study.schema import Study
@@ -99,11 +100,17 @@ def _as_declared(charges: list[Charge], study: Study) -> bool:
     declared = parameters(study)
     if declared is None or study.privacy.mode == "none":
         return False
-    events = {"training": declared.event_per_round, "evaluation": declared.evaluation_event}
-    flat = study.privacy.clipping.kind != "adaptive"
+    events = {
+        "training": declared.event_per_round,
+        "evaluation": declared.evaluation_event,
+        "statistics": declared.statistics_event,
+    }
+    bounds = {"evaluation": SCORE_SENSITIVITY, "statistics": declared.statistics_sensitivity}
+    if study.privacy.clipping.kind != "adaptive":
+        bounds["training"] = declared.clip_norm
     return all(
         charge.event == events[charge.purpose]
         and charge.model == study.privacy.model
-        and not (flat and charge.purpose == "training" and charge.clip_norm != declared.clip_norm)
+        and charge.clip_norm == bounds.get(charge.purpose, charge.clip_norm)
         for charge in charges
     )

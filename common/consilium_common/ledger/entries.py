@@ -30,8 +30,8 @@ FORMAT: Final = "consilium/ledger/v1"
 #: ``previous`` of the first entry.
 GENESIS: Final = "0" * 64
 
-#: A charge is for a round's training, or for the evaluation after so many rounds.
-Purpose = Literal["training", "evaluation"]
+#: A charge is for a round's training, for the evaluation after so many rounds, or for statistics.
+Purpose = Literal["training", "evaluation", "statistics"]
 #: Who adds the noise, and so whom the promise protects against.
 ThreatModel = Literal["silo-local"]
 Kind = Literal["opened", "cohort", "charge", "released", "voided", "policy"]
@@ -76,7 +76,7 @@ class Cohort(Body):
 
 
 class ChargeBody(Body):
-    """The cost of one round's training or evaluation, durable before the data is touched."""
+    """The cost of one release (see ``purpose``), durable before the data is touched."""
 
     study: Sha256
     purpose: Purpose

@@ -48,6 +48,7 @@ class StudySpend:
     study: str
     rounds: int
     evaluations: int
+    statistics: int
     patients: int
     released: int
     #: δ that the study states; ``epsilon`` is at the δ of the enclosing :class:`Spend`.
@@ -173,6 +174,7 @@ def _study_spend(state: LedgerState, study: str, delta: float, since: str | None
         study=study,
         rounds=sum(charge.purpose == "training" for charge in charges),
         evaluations=sum(charge.purpose == "evaluation" for charge in charges),
+        statistics=sum(charge.purpose == "statistics" for charge in charges),
         patients=sum(state.histories(study=study, since=since).values()),
         released=sum(charge.state == "released" for charge in charges),
         study_delta=stated,

@@ -22,6 +22,9 @@ from consilium_common.models.arguments import (
     UNetArguments,
 )
 
+#: Numbers in which an image network describes an image where covariates are joined to it.
+FEATURES: Final = 32
+
 
 def norm_of(arguments: NetworkArguments) -> tuple[str, dict[str, Any]]:
     """Return the normalisation as MONAI's layer factory takes it."""
@@ -122,6 +125,37 @@ class _DynUNetBlock(UnetResBlock):  # type: ignore[misc]
         inner = self.norm2(self.conv2(self.lrelu(self.norm1(self.conv1(x)))))
         shortcut = self.norm3(self.conv3(x)) if hasattr(self, "conv3") else x
         return cast(torch.Tensor, self.lrelu(inner + shortcut))
+
+
+class Fusion(nn.Module):  # type: ignore[misc]
+    """Late fusion: what an image network makes of the image, joined with covariates, to classes.
+
+    Covariates come as constant channels behind the image's
+    (:mod:`consilium_common.study.covariates`); one voxel of each says all.
+
+    Parameters
+    ----------
+    image : torch.nn.Module
+        Takes (N, inputs, *size); gives (N, :data:`FEATURES`).
+    inputs, covariates, outputs : int
+        Channels of the image and of the covariates; classes.
+    """
+
+    def __init__(self, image: nn.Module, inputs: int, covariates: int, outputs: int) -> None:
+        super().__init__()
+        self.image = image
+        self.inputs = inputs
+        # A hidden layer, so that a covariate may change what a feature of the image means; and a
+        # straight way past it, on which few steps suffice to learn from a covariate by itself.
+        self.joined = nn.Linear(FEATURES + covariates, FEATURES)
+        self.act = nn.ReLU()
+        self.classes = nn.Linear(FEATURES + covariates, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.act(self.image(x[:, : self.inputs]))
+        values = x[:, self.inputs :].flatten(2)[..., 0].to(features.dtype)
+        joined = self.act(self.joined(torch.cat([features, values], dim=1)))
+        return cast(torch.Tensor, self.classes(torch.cat([joined, values], dim=1)))
 
 
 #: Blocks of MONAI that add in place, and ours that compute the same.
@@ -238,6 +272,7 @@ def build(
     dimensions: int,
     inputs: int,
     outputs: int,
+    covariates: int = 0,
     normalise: bool = False,
 ) -> nn.Module:
     """Build a registered network.
@@ -252,16 +287,21 @@ def build(
         2 or 3.
     inputs, outputs : int
         Channels of the image; classes.
+    covariates : int
+        Constant channels behind the image's, joined to its features (classification).
     normalise : bool
         Replace batch norm by group norm.
 
     Returns
     -------
     torch.nn.Module
-        Takes ``(N, inputs, *size)``; gives logits ``(N, outputs, *size)`` for segmentation,
-        ``(N, outputs)`` for classification. Nothing in place, every tensor float32.
+        Takes ``(N, inputs + covariates, *size)``; gives logits ``(N, outputs, *size)`` for
+        segmentation, ``(N, outputs)`` for classification. Nothing in place, every tensor float32.
     """
-    network = BUILDERS[name](arguments, dimensions, inputs, outputs)
+    made = FEATURES if covariates else outputs
+    network = BUILDERS[name](arguments, dimensions, inputs, made)
+    if covariates:
+        network = Fusion(network, inputs, covariates, outputs)
     if arguments.norm != "batch" or normalise:
         replace_batch_norm(network, arguments)
     for module in network.modules():

@@ -20,6 +20,7 @@ from consilium_common.models.arguments import (
     UNetArguments,
 )
 from consilium_common.models.weights import Array, TensorSpec, check_tensors, unpack
+from consilium_common.study.covariates import covariate_channels
 from consilium_common.study.problems import Problem, nearest, problems_of, raise_problems
 from consilium_common.study.schema import Study
 
@@ -204,6 +205,7 @@ def _build(study: Study, *, normalise: bool) -> nn.Module:
         dimensions=study.task.dimensions,
         inputs=len(study.task.inputs),
         outputs=len(study.task.classes),
+        covariates=covariate_channels(study.task),
         normalise=normalise,
     )
 

@@ -240,6 +240,10 @@ def parameters(study: Study) -> PrivacyParameters | None:
         evaluation_noise=calibrate(study.evaluation.epsilon, privacy.delta, 1.0, released)
         if study.evaluation.epsilon is not None
         else None,
+        statistics_tables=0 if study.statistics is None else study.statistics.tables,
+        statistics_noise=calibrate(study.statistics.epsilon, privacy.delta, 1.0, 1)
+        if study.statistics is not None
+        else None,
     )
 
 

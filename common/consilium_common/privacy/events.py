@@ -116,6 +116,11 @@ class PrivacyParameters:
         Noise multiplier of one released evaluation: the standard deviation of the noise on the sum
         of patients' scores is half of it, because scores in [0, 1] are centred at a half. None
         where none are released.
+    statistics_tables : int
+        Tables of the statistics that are released once, 0 where none are; one patient moves their
+        sum by at most √tables.
+    statistics_noise : float or None
+        Noise multiplier of the released statistics; None where none are released.
     """
 
     sampling_rate: float
@@ -126,6 +131,8 @@ class PrivacyParameters:
     delta: float
     evaluations: int = 0
     evaluation_noise: float | None = None
+    statistics_tables: int = 0
+    statistics_noise: float | None = None
 
     @property
     def event_per_round(self) -> PrivacyEvent:
@@ -145,6 +152,25 @@ class PrivacyParameters:
         return None if self.evaluation_noise is None else self.evaluation_noise * SCORE_SENSITIVITY
 
     @property
+    def statistics_event(self) -> PrivacyEvent | None:
+        """What the released statistics cost every patient trained on; None where none are."""
+        if self.statistics_noise is None:
+            return None
+        return PrivacyEvent(sampling_rate=1.0, noise_multiplier=self.statistics_noise, steps=1)
+
+    @property
+    def statistics_sensitivity(self) -> float:
+        """L2 norm of the most that one patient moves the released statistics."""
+        return math.sqrt(self.statistics_tables)
+
+    @property
+    def statistics_deviation(self) -> float | None:
+        """Standard deviation of the noise on one number of the statistics; None without any."""
+        if self.statistics_noise is None:
+            return None
+        return self.statistics_noise * self.statistics_sensitivity
+
+    @property
     def event_total(self) -> PrivacyEvent:
         """What the training of the whole study costs every patient of the cohort."""
         return self.event_of(self.rounds)
@@ -154,6 +180,11 @@ class PrivacyParameters:
         return PrivacyEvent(
             self.sampling_rate, self.noise_multiplier, self.steps_per_round * rounds
         )
+
+    def events_of(self, rounds: int) -> list[PrivacyEvent]:
+        """Return all that ``rounds`` rounds cost a patient trained on: the statistics, too."""
+        counted = self.statistics_event
+        return [self.event_of(rounds), *([counted] if counted is not None else [])]
 
 
 def grouped(events: Iterable[PrivacyEvent]) -> History:

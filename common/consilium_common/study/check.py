@@ -15,6 +15,7 @@ from consilium_common.study.plan import Cost, cost, describe
 from consilium_common.study.problems import raise_problems
 from consilium_common.study.rules import study_problems
 from consilium_common.study.schema import Study
+from consilium_common.study.statistics import tables
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class CheckResult:
     data : dict
         For ``--json``: file, name, digest, task, network, parameters, trained, trainable,
         normalised, start, tensors, bytes_per_round, rounds, total_steps, averaging, evaluation,
-        privacy (mode; with privacy the whole mechanism and ε), noise (with ``patients``), plan.
+        statistics (tables and their bins; None where none are released), privacy (mode; with
+        privacy the whole mechanism and ε), noise (with ``patients``), plan.
     lines : tuple of str
         The plan for a person, its digest last.
     """
@@ -122,6 +124,9 @@ def _data(study: Study, price: Cost, file: str, plan: list[str]) -> dict[str, An
             "release": study.evaluation.release,
             "sufficient": study.evaluation.sufficient,
         },
+        "statistics": None
+        if study.statistics is None
+        else [{"name": one.name, "bins": list(one.bins)} for one in tables(study)],
         "privacy": _privacy(study, price),
         "plan": plan,
     }
@@ -148,4 +153,7 @@ def _privacy(study: Study, price: Cost) -> dict[str, Any]:
         "evaluations": mechanism.evaluations,
         "evaluation_noise": mechanism.evaluation_noise,
         "evaluation_epsilon": price.evaluation_epsilon,
+        "statistics_noise": mechanism.statistics_noise,
+        "statistics_epsilon": price.statistics_epsilon,
+        "patient_epsilon": price.patient_epsilon,
     }

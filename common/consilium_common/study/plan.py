@@ -10,6 +10,7 @@ from consilium_common.privacy.noise import patients_needed
 from consilium_common.study.document import printable
 from consilium_common.study.rules import check_mechanism, check_network
 from consilium_common.study.schema import Study
+from consilium_common.study.statistics import tables
 from consilium_common.study.words import (
     count_of,
     duration_of,
@@ -48,6 +49,11 @@ class Cost:
     evaluation_epsilon : float or None
         ε of all released evaluations for a patient whom they score; None where none are released.
         A site trains on some patients and scores others, so that nobody pays both.
+    statistics_epsilon : float or None
+        ε of the released statistics of the patients trained on; None where none are released.
+    patient_epsilon : float or None
+        ε of training and statistics composed, for a patient who takes part; ``epsilon`` where no
+        statistics are released. None without privacy.
     """
 
     parameters: int
@@ -59,6 +65,8 @@ class Cost:
     epsilon: float | None
     epsilon_per_round: float | None
     evaluation_epsilon: float | None
+    statistics_epsilon: float | None = None
+    patient_epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ def cost(study: Study) -> Cost:
 
     privacy = parameters(study)
     epsilon = epsilon_per_round = evaluation_epsilon = None
+    statistics_epsilon = patient_epsilon = None
     if privacy is not None:
         check_mechanism(study, privacy)
         epsilon = epsilon_of([privacy.event_total], privacy.delta)
@@ -90,6 +99,9 @@ def cost(study: Study) -> Cost:
         if privacy.evaluation_event is not None:
             events = [privacy.evaluation_event] * privacy.evaluations
             evaluation_epsilon = epsilon_of(events, privacy.delta)
+        if privacy.statistics_event is not None:
+            statistics_epsilon = epsilon_of([privacy.statistics_event], privacy.delta)
+        patient_epsilon = epsilon_of(privacy.events_of(privacy.rounds), privacy.delta)
 
     from consilium_common.models.registry import normalised_layers, outline
     from consilium_common.models.weights import packed_size
@@ -109,6 +121,8 @@ def cost(study: Study) -> Cost:
         epsilon=epsilon,
         epsilon_per_round=epsilon_per_round,
         evaluation_epsilon=evaluation_epsilon,
+        statistics_epsilon=statistics_epsilon,
+        patient_epsilon=patient_epsilon,
     )
 
 
@@ -182,6 +196,12 @@ def _trained(study: Study, price: Cost) -> Iterable[str]:
         f"({', '.join(task.inputs)}) to {count_of(len(task.classes), 'class')} "
         f"({', '.join(task.classes)})."
     )
+    if task.covariates:
+        named = ", ".join(one.name for one in task.covariates)
+        yield (
+            f"Beside the image the network sees {count_of(len(task.covariates), 'covariate')} "
+            f"({named}), as the site's case list states them."
+        )
 
 
 def _images(study: Study) -> Iterable[str]:
@@ -291,6 +311,7 @@ def _leaves(study: Study, price: Cost) -> Iterable[str]:
         yield "The update is exact: it is not protected, and can tell about single patients."
         if arguments.norm == "batch" and not study.model.normalise:
             yield "It holds batch norm's running means and variances of the site's images."
+    yield from _statistics(study, price)
     released = study.evaluation.release
     figures = "Dice" if study.task.kind == "segmentation" else "accuracy and AUC"
     if released == "exact":
@@ -301,6 +322,21 @@ def _leaves(study: Study, price: Cost) -> Iterable[str]:
         yield "Nothing else: no image, no label, no identity, no loss, no exact metric, no count."
     else:
         yield "Nothing else: no image, no label, no identity, no loss, no metric, no count."
+
+
+def _statistics(study: Study, price: Cost) -> Iterable[str]:
+    """Say what statistics leave, and how noisy they are."""
+    deviation = None if price.privacy is None else price.privacy.statistics_deviation
+    if deviation is None:
+        return
+    wanted = tables(study)
+    listed = "; ".join(f"{table.title[0].lower()}{table.title[1:]}" for table in wanted)
+    numbers = sum(len(table.bins) for table in wanted)
+    yield (
+        f"Once, before the first round, {count_of(numbers, 'noised number')} about the training "
+        f"patients: shares over public bins ({listed}), summed, with noise of standard deviation "
+        f"{number_of(deviation)} on each."
+    )
 
 
 def _evaluation(study: Study, price: Cost) -> Iterable[str]:
@@ -354,6 +390,11 @@ def _privacy(study: Study, price: Cost) -> Iterable[str]:
             f"Evaluation: ε = {price.evaluation_epsilon:.3f} at the same δ for each patient who is "
             f"scored, over {count_of(mechanism.evaluations, 'released evaluation')}. Those "
             "patients are not trained on."
+        )
+    if price.statistics_epsilon is not None and price.patient_epsilon is not None:
+        yield (
+            f"Statistics: ε = {price.statistics_epsilon:.3f} at the same δ, once, for each patient "
+            f"trained on; with training ε = {price.patient_epsilon:.3f} in all."
         )
     yield (
         "Unit: the patient, with every image, patch and augmentation. Adjacency: add or remove "

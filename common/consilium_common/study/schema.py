@@ -19,6 +19,31 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class NumberCovariate(Model):
+    """A number beside the image, such as age: scaled by public constants."""
+
+    kind: Literal["number"]
+    name: Name
+    #: Subtracted, and divided by, before the number enters the network. Public: from literature or
+    #: from a private query, never computed from the patients who train.
+    centre: Annotated[float, Field(ge=-1e12, le=1e12)]
+    scale: Annotated[float, Field(gt=0, le=1e12)]
+
+
+class CategoryCovariate(Model):
+    """A word beside the image, such as sex: one of a public list."""
+
+    kind: Literal["category"]
+    name: Name
+    values: Annotated[list[Name], Field(min_length=2, max_length=64)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.values)) != len(self.values):
+            raise ValueError("values has a word twice")
+        return self
+
+
 class Task(Model):
     """What is predicted from what."""
 
@@ -33,13 +58,25 @@ class Task(Model):
     #: Segmentation only: whether a case whose label is all background may take part.
     empty_labels: Literal["allowed", "refused"] = "allowed"
 
+    #: Classification only: numbers and words beside the image, joined to what the network sees.
+    covariates: Annotated[
+        list[Annotated[NumberCovariate | CategoryCovariate, Field(discriminator="kind")]],
+        Field(max_length=32),
+    ] = []
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.multi_label and self.kind != "classification":
             raise ValueError("multi_label is for classification only")
+        if self.covariates and self.kind != "classification":
+            raise ValueError("covariates are for classification only")
         if self.empty_labels == "refused" and self.kind != "segmentation":
             raise ValueError("empty_labels is for segmentation only")
-        for what, names in (("inputs", self.inputs), ("classes", self.classes)):
+        for what, names in (
+            ("inputs", self.inputs),
+            ("classes", self.classes),
+            ("covariates", [one.name for one in self.covariates]),
+        ):
             if len(set(names)) != len(names):
                 raise ValueError(f"{what} has a name twice")
         return self
@@ -256,6 +293,33 @@ class Evaluation(Model):
     sufficient: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
+class Statistics(Model):
+    """Statistics of the sites' training patients, gathered once before training.
+
+    Each site releases one noised sum of histograms over public bins, a private query of its own
+    that is charged to the patients it counts; see :mod:`consilium_common.study.statistics`.
+    """
+
+    #: ε of the query at the study's δ; it composes with that of training.
+    epsilon: Annotated[float, Field(gt=0.01, le=100)]
+    #: What is counted: classes present, normalised intensities, and voxel size and number of
+    #: voxels of the original images. Fewer tables have less noise each.
+    of: Annotated[
+        list[Literal["classes", "intensity", "spacing", "size"]], Field(min_length=1, max_length=4)
+    ]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.of)) != len(self.of):
+            raise ValueError("of has a name twice")
+        return self
+
+    @property
+    def tables(self) -> int:
+        """Tables that are released: spacing has two, of the smallest and of the largest edge."""
+        return len(self.of) + ("spacing" in self.of)
+
+
 class Study(Model):
     """One study. Its digest is its identity: any change is another study."""
 
@@ -269,6 +333,8 @@ class Study(Model):
     privacy: Annotated[NoPrivacy | PatientPrivacy, Field(discriminator="mode")]
     federation: Federation = Federation()
     evaluation: Evaluation = Evaluation()
+    #: None: nothing is gathered beside what training and evaluation release.
+    statistics: Statistics | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -301,7 +367,27 @@ class Study(Model):
             raise ValueError("evaluation.sufficient needs evaluation.release private")
         if self.training.optimiser.name == "adamw-bc" and self.privacy.mode == "none":
             raise ValueError("training.optimiser adamw-bc corrects privacy noise; take adamw")
+        self._check_statistics()
         return self
+
+    def _check_statistics(self) -> None:
+        if self.statistics is None:
+            return
+        if self.privacy.mode == "none":
+            raise ValueError(
+                "statistics are for a study with privacy: exact ones never leave a site"
+            )
+        of = self.statistics.of
+        if "intensity" in of and self.preprocessing.intensity.kind == "none":
+            raise ValueError(
+                "statistics.of intensity needs a preprocessing.intensity.kind other than none: "
+                "bins must be public"
+            )
+        if "spacing" in of and self.task.dimensions == 2 and self.preprocessing.spacing is None:
+            raise ValueError(
+                "statistics.of spacing needs preprocessing.spacing in 2D: pictures need not say "
+                "how large their pixels are"
+            )
 
     def to_canonical(self) -> dict[str, Any]:
         """Return the plain values that are hashed and signed, every default written out."""

@@ -32,7 +32,7 @@ class Instructions:
     study : str
         Digest of the study.
     round_index : int
-        Round, from 0; for an evaluation the number of rounds done.
+        Round, from 0; for an evaluation the number of rounds done; for statistics 0.
     cohort_size : int
         The cohort size this site declared when it approved, repeated to it.
     last : bool
@@ -45,11 +45,11 @@ class Instructions:
     last: bool = False
 
 
-def to_site(instructions: Instructions, weights: bytes) -> RecordDict:
-    """Return the content of a message to a site."""
+def to_site(instructions: Instructions, weights: bytes | None) -> RecordDict:
+    """Return the content of a message to a site; statistics need no weights."""
     from flwr.app import ConfigRecord, RecordDict
 
-    content = _with_weights(weights)
+    content = _with_weights(weights) if weights is not None else RecordDict()
     content[INSTRUCTIONS] = ConfigRecord(
         {
             "study": instructions.study,
@@ -86,14 +86,15 @@ def instructions_of(content: RecordDict) -> Instructions:
 def to_server(weights: bytes | None, figures: dict[str, float] | None) -> RecordDict:
     """Return the content of a site's reply.
 
-    ``figures`` are exact numbers, which leave a site only in a study without privacy where its
-    policy permits it.
+    ``figures`` are exact numbers in a study without privacy, where the site's policy permits it,
+    and noised ones in a private study.
     """
     from flwr.app import MetricRecord, RecordDict
 
     content = _with_weights(weights) if weights is not None else RecordDict()
     if figures:
-        content[FIGURES] = MetricRecord(figures)
+        # In one order: a reply's objects are named by their bytes.
+        content[FIGURES] = MetricRecord(dict(sorted(figures.items())))
     return content
 
 
