@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from consilium_client.data.cli import data_app
+from consilium_client.data.doctor.cli import doctor
 from consilium_client.home import HOME_VARIABLE, SiteHome
+from consilium_client.segmenting import segment
 from consilium_common.console import command, note, result
 from consilium_common.errors import ConsiliumError
 
@@ -21,6 +23,8 @@ app = typer.Typer(
     no_args_is_help=True, help="Run a hospital site: data, approval, training, budget."
 )
 app.add_typer(data_app, name="data")
+app.command("segment")(segment)
+app.command("doctor")(doctor)
 
 Home = Annotated[
     Path, typer.Option("--home", envvar=HOME_VARIABLE, help="The site's state folder.")
@@ -257,10 +261,14 @@ def egress(
         table = Table("study", "what", "bytes", "SHA-256", "stored (UTC)")
         for row in rows:
             number = row["round"]
-            training = row["purpose"] == "training"
+            what = {
+                "training": f"update of round {number + 1}",
+                "evaluation": f"figures after round {number}",
+                "statistics": "noised statistics",
+            }
             table.add_row(
                 row["study"][:12],
-                f"update of round {number + 1}" if training else f"figures after round {number}",
+                what[row["purpose"]],
                 str(row["bytes"]),
                 row["sha256"][:12],
                 row["stored_at"][:16].replace("T", " "),
@@ -310,7 +318,8 @@ def _review(home: Path, study: str, cohort_size: int | None, evaluation_size: in
     from consilium_client.reviewing import review as review_study
 
     site = SiteHome.existing(home)
-    return review_study(site, SiteIdentity.load(site), study, cohort_size, evaluation_size)
+    identity = SiteIdentity.load(site)
+    return review_study(site, identity, study, cohort_size, evaluation_size, say=note)
 
 
 def _review_data(found: Review) -> dict[str, Any]:

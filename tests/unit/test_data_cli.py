@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from consilium_client.data.cli import data_app
 from consilium_common.console import MODE
+from consilium_common.errors import WARNINGS_ONLY
 
 LABELS = ("--label", "background=0", "--label", "liver=1", "--input", "ct")
 
@@ -29,14 +30,16 @@ def test_import_list_check_and_purge(tmp_path: Path) -> None:
     folder = write_pairs(tmp_path / "data", 3)
     status, out, err = call(tmp_path, "import", str(folder), "--site", "northfield", *LABELS)
     assert status == 0
-    assert "Detected csv: the case list cases.csv." in err
+    assert "Detected csv: the case list cases.csv. It could also be read as pairs" in err
     assert "3 cases of 3 patients; 3 read now" in out
     status, out, _ = call(tmp_path, "list")
     assert status == 0 and "scan1" in out and "Patient" not in out
     status, out, _ = call(tmp_path, "check")
-    assert status == 0 and "3 cases of 3 patients are good; 0 had changed" in out
+    # A cohort of three is a warning, and nothing else is wrong.
+    assert status == WARNINGS_ONLY
+    assert "3 cases of 3 patients are good; 0 had changed" in out and "1 warning" in out
     status, out, _ = call(tmp_path, "purge")
-    assert status == 0 and "MiB" in out
+    assert status == 0 and out.startswith("Deleted ")
 
 
 @pytest.mark.usefixtures("as_json")
@@ -49,6 +52,23 @@ def test_json_is_exactly_one_envelope(tmp_path: Path) -> None:
     assert answer["data"]["labels"] == {"background": 0, "liver": 1}
     _, out, _ = call(tmp_path, "list")
     assert [row["case_id"] for row in json.loads(out)["data"]] == ["scan0", "scan1"]
+
+
+def test_an_import_takes_classes_by_range_and_covariates_from_columns(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "data", 2)
+    rows = [
+        f"scan{n},p{n},images/scan{n}.nii.gz,{age},{kg}"
+        for n, age, kg in ((0, 31, 70), (1, 80, ""))
+    ]
+    (folder / "cases.csv").write_text("\n".join(["case_id,patient_id,image,age,weight", *rows]))
+    taken = ("--label-from", "age", "--covariate", "kg=weight", "--format", "csv")
+    ranges = ("--label", "young=<40", "--label", "old=>=65")
+    status, _, err = call(tmp_path, "import", str(folder), *taken, *ranges)
+    assert status == 0, err
+    assert "Covariate kg: numbers, missing in 1 cases." in err
+    site = (tmp_path / "home" / "data" / "site.yaml").read_text()
+    assert 'old: ">=65"' in site and 'covariates: ["kg"]' in site
+    assert "31" in (tmp_path / "home" / "data" / "cases.csv").read_text()
 
 
 @pytest.mark.usefixtures("as_json")
@@ -73,6 +93,8 @@ def test_several_bad_cases_are_a_table_on_stderr_and_one_error(tmp_path: Path) -
         (("import", "no-such-folder"), 4, "no such folder"),
         (("import", ".", "--format", "zip"), 2, "no format zip"),
         (("import", ".", "--label", "liver"), 2, "NAME=VALUE"),
+        (("import", ".", "--channel", "=T1"), 2, "NAME=VALUE"),
+        (("import", ".", "--covariate", "a=x", "--covariate", "a=y"), 2, "twice"),
         (("check",), 8, "no site here"),
     ],
 )

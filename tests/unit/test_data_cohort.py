@@ -6,13 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_fixtures import classification, home_in, study, write_list, write_nifti, write_pairs
+from data_fixtures import (
+    classification,
+    home_in,
+    study,
+    write_list,
+    write_nifti,
+    write_pairs,
+    write_slices,
+)
 
 from consilium_client.data.cohort import Cohort, describe_cohort, open_cohort
 from consilium_client.data.importing import ImportOptions, import_folder
 from consilium_client.data.ingest.cache import cache_folder
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
+from consilium_common.study import Study
 
 
 def segmented(tmp_path: Path, count: int = 4, **options: object) -> SiteHome:
@@ -208,3 +217,122 @@ def test_a_purge_under_an_open_cohort_is_one_clear_error(tmp_path: Path) -> None
     with pytest.raises(ConsiliumError) as caught:
         patients[0].cases[0].image()
     assert caught.value.code == "data.purged"
+
+
+# --- several channels, covariates, ranges ------------------------------------------------------
+
+
+def test_registered_channels_arrive_in_the_studys_order(tmp_path: Path) -> None:
+    """Two DICOM series as channels, the files of one named against their order."""
+    values = np.random.default_rng(1).integers(0, 900, (10, 9, 6)).astype(float)
+    data = tmp_path / "data"
+    write_slices(data / "t1", values)
+    slices = write_slices(data / "flair", values + 7)
+    for path, name in zip(slices, "fedcba", strict=True):
+        path.rename(path.with_name(name))
+    label = (values > 500).astype(np.uint8)
+    affine = np.diag([-0.8, -0.7, 2.5, 1.0])
+    affine[:3, 3] = (20, 30, 40)
+    write_nifti(data / "mask.nii.gz", label, affine, np.uint8)
+    rows = [("a", "p", "t1", "flair", "mask.nii.gz")]
+    write_list(data, rows, "case_id,patient_id,image,image_flair,label")
+    home = home_in(tmp_path)
+    options = ImportOptions(inputs=("t1", "flair"), labels={"background": 0, "liver": 1})
+    import_folder(home, data, options)
+    task = {
+        "kind": "segmentation",
+        "dimensions": 3,
+        "inputs": ["flair", "t1"],
+        "classes": ["background", "liver"],
+    }
+    cohort = open_cohort(home, study(task=task, preprocessing={"intensity": {"kind": "none"}}))
+    (case,) = [
+        case
+        for split in ("train", "validation", "test")
+        for patient in cohort.patients(split)  # type: ignore[arg-type]
+        for case in patient.cases
+    ]
+    flair, t1 = case.image()
+    assert np.array_equal(flair, t1 + 7)
+    assert np.array_equal(np.asarray(t1)[::-1, ::-1], values)
+    assert np.array_equal(np.asarray(case.label())[::-1, ::-1], label)
+    assert np.array_equal(case.to_original(case.label()), label)
+
+
+def beside(tmp_path: Path, rows: list[tuple[str, ...]]) -> SiteHome:
+    """Return a site of pictures with an age and a sex beside each."""
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(len(rows)):
+        Image.new("L", (16, 16), number).save(folder / f"{number}.png")
+    listed = [
+        (f"c{number}", f"p{number}", f"{number}.png", *row) for number, row in enumerate(rows)
+    ]
+    write_list(folder, listed, "case_id,patient_id,image,label,covariate_age,covariate_sex")
+    home = home_in(tmp_path)
+    import_folder(home, folder, ImportOptions())
+    return home
+
+
+def fusion(classes: list[str], number: str = "age") -> Study:
+    return study(
+        task={
+            "kind": "classification",
+            "dimensions": 2,
+            "inputs": ["image"],
+            "classes": classes,
+            "covariates": [
+                {"kind": "number", "name": number, "centre": 50, "scale": 10},
+                {"kind": "category", "name": "sex", "values": ["f", "m"]},
+            ],
+        },
+        preprocessing={"size": [16, 16]},
+    )
+
+
+def test_covariates_follow_the_image_as_constant_channels(tmp_path: Path) -> None:
+    home = beside(tmp_path, [("ill", "60", "f"), ("well", "", "m"), ("ill", "45", "")])
+    cohort = open_cohort(home, fusion(["ill", "well"]))
+    found = {
+        case.case_id: case
+        for split in ("train", "validation", "test")
+        for patient in cohort.patients(split)  # type: ignore[arg-type]
+        for case in patient.cases
+    }
+    assert found["c0"].covariates == {"age": 60.0, "sex": "f"}
+    assert found["c1"].covariates == {"age": None, "sex": "m"}
+    channels = {name: case.image()[1:, 0, 0].tolist() for name, case in found.items()}
+    # Scaled age, whether it is known, and one channel per word.
+    assert channels == {"c0": [1, 1, 1, 0], "c1": [0, 0, 0, 1], "c2": [-0.5, 1, 0, 0]}
+    for case in found.values():
+        image = case.image()
+        assert image.shape == (5, 16, 16) and image.dtype == np.float32
+        assert (image[1:] == image[1:, :1, :1]).all()
+        assert "60" not in repr(case) and "sex" not in repr(case)
+
+
+def test_a_covariate_that_the_site_lacks_or_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    home = beside(tmp_path, [("ill", "60", "f"), ("well", "50", "other")])
+    error = refused(home, fusion(["ill", "well"]))
+    assert error.code == "data.covariate" and "other" not in str(error)
+    error = refused(home, fusion(["ill", "well"], number="weight"))
+    assert error.code == "data.covariate-missing" and "covariate_weight" in error.hint
+
+
+def test_numbers_in_the_label_column_become_classes_by_range(tmp_path: Path) -> None:
+    home = pictures(tmp_path, ["39.9", "40", "64", "65", "80"])
+    path = home.data / "site.yaml"
+    text = path.read_text()
+    start, end = text.index("labels:"), text.index("# Local label names")
+    ranges = 'labels:\n  young: "<40"\n  middle: "40..65"\n  old: ">=65"\n\n'
+    path.write_text(text[:start] + ranges + text[end:])
+    cohort = open_cohort(home, classification(["young", "middle", "old"]))
+    assert {name: int(label) for name, label in cases_of(cohort).items()} == {
+        "c0": 0,
+        "c1": 1,
+        "c2": 1,
+        "c3": 2,
+        "c4": 2,
+    }

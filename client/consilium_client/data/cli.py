@@ -2,50 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from consilium_client.data.deid.cli import deidentify_
+from consilium_client.data.formats import FORMATS
+from consilium_client.data.looking.cli import show_, stats_
+from consilium_client.data.pacs.cli import pull_
+from consilium_client.data.terminal import HERE, Home, progress_shown
 from consilium_client.home import SiteHome
 from consilium_common.console import command, err, note, result
-from consilium_common.errors import ConsiliumError
+from consilium_common.errors import WARNINGS_ONLY, ConsiliumError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from consilium_client.data.importing import DataOutcome, Progress
+    from consilium_client.data.importing import DataOutcome
 
 data_app = typer.Typer(
     no_args_is_help=True, help="Import and check this site's images; they never leave it."
 )
 
-Home = Annotated[
-    Path,
-    typer.Option("--home", envvar="CONSILIUM_SITE_HOME", help="The site's folder."),
-]
-_HERE = Path("site")
+
+def _listed(formats: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} ({what})" for name, what in formats.items())
 
 
 @data_app.command("import")
 @command
 def import_(
-    folder: Annotated[Path, typer.Argument(help="Folder of images and labels, or a CSV file.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of images and labels, a CSV file or a DICOMDIR.")
+    ],
     *,
-    home: Home = _HERE,
+    home: Home = HERE,
     site: Annotated[str, typer.Option(help="Name of this site, if it is not joined yet.")] = "",
     layout: Annotated[
-        str, typer.Option("--format", help="msd, csv, folders or dicom; detected by default.")
+        str,
+        typer.Option("--format", help=f"Detected by default. {_listed(FORMATS)}."),
     ] = "",
     inputs: Annotated[
         list[str] | None,
         typer.Option("--input", help="Name of an input channel; once per channel, in order."),
     ] = None,
+    channels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--channel",
+            help="NAME=PATTERN: which series of a study (DICOM: description, folder or modality; "
+            "BIDS: T1w) is this input channel; once per channel.",
+        ),
+    ] = None,
     labels: Annotated[
         list[str] | None,
-        typer.Option("--label", help="NAME=VALUE of a label in the masks; once per label."),
+        typer.Option(
+            "--label",
+            help="NAME=VALUE of a label in the masks, or of a class (a range too: 'old=>=65'); "
+            "once per label.",
+        ),
+    ] = None,
+    label_from: Annotated[
+        str,
+        typer.Option(
+            "--label-from",
+            "--label-tag",
+            help="Take the class or number from a DICOM tag (BodyPartExamined, (0010,1010)) or a "
+            "column of the table.",
+        ),
+    ] = "",
+    covariates: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--covariate",
+            help="NAME=SOURCE of a fact beside the image: a DICOM tag or a column; once per fact.",
+        ),
+    ] = None,
+    derivative: Annotated[
+        str, typer.Option(help="BIDS: which masks, where derivatives hold several kinds.")
+    ] = "",
+    segments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--segment",
+            help="Segment or region to take from DICOM SEG and RTSTRUCT; once per name, a later "
+            "one covers an earlier.",
+        ),
     ] = None,
     patients: Annotated[
         Path | None,
@@ -70,13 +115,18 @@ def import_(
         site=site or None,
         inputs=tuple(inputs or ()),
         labels=_labels(labels or []),
+        channels=_pairs(channels or [], "--channel", "t1='T1 post'"),
+        label_from=label_from.strip(),
+        covariates=_pairs(covariates or [], "--covariate", "age=PatientAge"),
+        derivative=derivative.strip(),
+        segments=tuple(segments or ()),
         skip_bad=skip_bad,
         mixed=mixed,
         replace=replace,
         patients=patients,
     )
     opened = SiteHome.create(home)
-    with _findings_shown(), _progress() as (progress, say):
+    with _findings_shown(), progress_shown() as (progress, say):
         outcome = import_folder(opened, folder, options, progress=progress, say=say)
     if outcome.left_out:
         from consilium_client.data.findings import findings_table
@@ -95,11 +145,14 @@ def import_(
 
 @data_app.command("list")
 @command
-def list_(home: Home = _HERE) -> None:
+def list_(home: Home = HERE) -> None:
     """List the cases: split, size, spacing, label. Patients appear by keyed hash."""
     from consilium_client.data.importing import list_cases
+    from consilium_client.data.ingest.room import cache_sizes, in_words
 
-    rows = list_cases(SiteHome.existing(home))
+    opened = SiteHome.existing(home)
+    rows = list_cases(opened)
+    imported, prepared = cache_sizes(opened)
 
     def people(console: Console) -> None:
         from rich.table import Table
@@ -114,47 +167,85 @@ def list_(home: Home = _HERE) -> None:
             cells = (row["case_id"], row["patient"][:12], row["split"], shape, spacing)
             table.add_row(*(Text(cell) for cell in (*cells, row["label"])))
         console.print(table)
+        console.print(
+            f"In the cache: {in_words(imported)} of cases, {in_words(prepared)} prepared for "
+            "studies.",
+            style="dim",
+        )
 
     result(rows, people)
 
 
 @data_app.command("check")
 @command
-def check(home: Home = _HERE) -> None:
-    """Verify site.yaml, cases.csv and every image and label behind them."""
-    from consilium_client.data.importing import check_data
+def check(
+    home: Home = HERE,
+    *,
+    study: Annotated[
+        Path | None, typer.Option(help="A study's file: do the cases fit it as well?")
+    ] = None,
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="Mend first what is safe: rights, leftovers, a damaged cache."),
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Where to write the page (default: reports/data-check.html)."),
+    ] = None,
+) -> None:
+    """Check every image and label, and the cohort as a whole; write a page with pictures.
 
-    with _findings_shown(), _progress() as (progress, _):
-        outcome = check_data(SiteHome.existing(home), progress=progress)
-    counts = outcome.counts()
-    result(
-        _summary(outcome),
-        f"{counts['cases']} cases of {counts['patients']} patients are good; "
-        f"{counts['read']} had changed and were read again.",
-    )
+    Exit status: 0 nothing found, 10 warnings only, 4 errors among the data.
+    """
+    from consilium_client.data.doctor.outcome import checked, summary, words
+
+    opened = SiteHome.existing(home)
+    with _findings_shown(), progress_shown() as (progress, _):
+        outcome = checked(opened, study=study, fix=fix, page=html, progress=progress)
+    if outcome.warnings:
+        from consilium_client.data.findings import findings_table
+
+        err().print(findings_table(outcome.warnings))
+    result({**_summary(outcome), **summary(opened, outcome, html)}, words(opened, outcome, html))
+    if outcome.warnings:
+        raise typer.Exit(WARNINGS_ONLY)
 
 
 @data_app.command("purge")
 @command
-def purge(home: Home = _HERE) -> None:
+def purge(home: Home = HERE) -> None:
     """Delete the cache of pixels; the manifest stays, and the cache is filled again when needed."""
     from consilium_client.data.importing import purge_cache
+    from consilium_client.data.ingest.room import cache_sizes, in_words
 
-    freed = purge_cache(SiteHome.existing(home))
-    result({"bytes": freed}, f"Deleted {freed / 2**20:.1f} MiB of cached pixels.")
+    opened = SiteHome.existing(home)
+    imported, prepared = cache_sizes(opened)
+    freed = purge_cache(opened)
+    result(
+        {"bytes": freed, "imported": imported, "prepared": prepared},
+        f"Deleted {in_words(freed)} of cached pixels: {in_words(imported)} of cases, "
+        f"{in_words(prepared)} prepared for studies.",
+    )
 
 
 def _labels(written: list[str]) -> dict[str, int | str]:
-    labels: dict[str, int | str] = {}
+    pairs = _pairs(written, "--label", "liver=1")
+    return {name: int(value) if value.isdecimal() else value for name, value in pairs.items()}
+
+
+def _pairs(written: list[str], option: str, example: str) -> dict[str, str]:
+    """Read NAME=VALUE; the first = separates, for a value may be ``>=65``."""
+    found: dict[str, str] = {}
     for item in written:
-        name, equals, value = item.rpartition("=")
-        if not equals or not name.strip() or not value.strip():
+        name, _, value = (part.strip() for part in item.partition("="))
+        if not name or not value or name in found:
             raise ConsiliumError(
-                "usage.label", f"{item!r} is not NAME=VALUE.", hint="For example --label liver=1."
+                f"usage.{option.removeprefix('--')}",
+                f"{item!r} is not NAME=VALUE, or names {name} twice.",
+                hint=f"For example {option} {example}.",
             )
-        plain = value.strip()
-        labels[name.strip()] = int(plain) if plain.isdecimal() else plain
-    return labels
+        found[name] = value
+    return found
 
 
 def _summary(outcome: DataOutcome) -> dict[str, Any]:
@@ -164,6 +255,7 @@ def _summary(outcome: DataOutcome) -> dict[str, Any]:
         **outcome.counts(),
         "inputs": list(site.inputs),
         "labels": dict(site.labels),
+        "covariates": list(site.covariates),
         "notes": list(outcome.notes),
     }
 
@@ -177,37 +269,14 @@ def _findings_shown() -> Iterator[None]:
     try:
         yield
     except DataProblemsError as error:
+        for line in error.fixed:
+            note(line)
         if len(error.findings) > 1:
             err().print(findings_table(error.findings))
         raise
 
 
-@contextmanager
-def _progress() -> Iterator[tuple[Progress, Callable[[str], None]]]:
-    """Show a bar with time left on stderr; lines said meanwhile appear above it."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:>7}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=err(), transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        def say(line: str) -> None:
-            bars.console.print(line, markup=False)
-
-        yield advance, say
+data_app.command("pull")(pull_)
+data_app.command("show")(show_)
+data_app.command("stats")(stats_)
+data_app.command("deidentify")(deidentify_)

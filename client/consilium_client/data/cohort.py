@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from consilium_client.data.findings import Finding
+from consilium_client.data.doctor.patients import same_image_findings
+from consilium_client.data.doctor.study_fit import covariate_channels_of, unfit_findings
 from consilium_client.data.importing import require_good
-from consilium_client.data.ingest.cache import FolderWriter, Ingested, cache_folder
-from consilium_client.data.ingest.run import classes_of, ingest, local_names, using
-from consilium_client.data.ingest.volume import Affine, Array
+from consilium_client.data.ingest.cache import FolderWriter, cache_folder
+from consilium_client.data.ingest.room import note_use
+from consilium_client.data.ingest.run import ingest, using
+from consilium_client.data.ingest.volume import Affine
 from consilium_client.data.manifest import Manifest, load_manifest
-from consilium_client.data.match import Match, match_study
-from consilium_client.data.prepare import prepare, restore_label
+from consilium_client.data.match import Match, class_names, match_study
+from consilium_client.data.prepare import restore_label
+from consilium_client.data.prepared import content_of, prepare_case, recipe_of, require_room
 from consilium_client.data.schema import Case
 from consilium_client.data.split import SPLITS, Split, assign_splits, open_patient_key
 from consilium_client.home import SiteHome
-from consilium_common.canonical import digest
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import private_folder
 from consilium_common.study.schema import Study
-
-#: Raised whenever the same case would now be prepared differently.
-FORMAT: Final = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +45,8 @@ class CaseData:
         4×4, prepared index to RAS millimetres.
     original_shape, original_affine : tuple, array
         Of the image file or series itself.
+    covariates : mapping
+        Facts beside the image, by the site's own name: a number, a word, or None where missing.
     """
 
     case_id: str
@@ -55,11 +55,25 @@ class CaseData:
     affine: Affine
     original_shape: tuple[int, ...]
     original_affine: Affine
+    covariates: Mapping[str, float | str | None] = field(default_factory=dict, repr=False)
     _label: npt.NDArray[Any] | None = None
+    #: Values of the channels that follow the image's own: the study's covariates.
+    _beside: tuple[float, ...] = field(default=(), repr=False)
 
     def image(self) -> npt.NDArray[np.float32]:
-        """Return the image, float32 (C, *spatial), memory-mapped and read-only."""
-        return self._load("image")
+        """Return what the network is given, float32 (C, *spatial).
+
+        The image is memory-mapped and read-only. Where the study has covariates, their constant
+        channels follow, in an array of its own.
+        """
+        pixels = self._load("image")
+        if not self._beside:
+            return pixels
+        whole = np.empty((len(pixels) + len(self._beside), *pixels.shape[1:]), dtype=np.float32)
+        whole[: len(pixels)] = pixels
+        for channel, value in enumerate(self._beside, start=len(pixels)):
+            whole[channel] = value
+        return whole
 
     def label(self) -> npt.NDArray[Any]:
         """Return the label.
@@ -137,7 +151,11 @@ class Cohort:
 
 
 def open_cohort(
-    home: SiteHome, study: Study, *, progress: Callable[[int, int], None] | None = None
+    home: SiteHome,
+    study: Study,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Cohort:
     """Check the site's data against the study, prepare what is not prepared, and open it.
 
@@ -145,30 +163,43 @@ def open_cohort(
     ----------
     progress : callable, optional
         Called with (cases prepared, cases).
+    say : callable, optional
+        Takes a line on how much room the prepared cases will take, before they are made.
 
     Raises
     ------
     ConsiliumError
         ``data.no-manifest``, ``data.class-missing``, ``data.channel-missing``,
-        ``data.label-kind``, ``data.dimensions``, ``data.no-spacing``, and whatever is wrong with
-        single cases. ``where`` never names an image file: the report at the site does.
+        ``data.label-kind``, ``data.covariate-missing``, ``data.covariate``, ``data.dimensions``,
+        ``data.no-spacing``, whatever is wrong with single cases, ``state.quota`` and
+        ``state.disk``. ``where`` never names an image file: the report at the site does.
     """
     with using(home):
-        return _open_cohort(home, study, progress)
+        return _open_cohort(home, study, progress, say)
 
 
 def _open_cohort(
-    home: SiteHome, study: Study, progress: Callable[[int, int], None] | None
+    home: SiteHome,
+    study: Study,
+    progress: Callable[[int, int], None] | None,
+    say: Callable[[str], None] | None,
 ) -> Cohort:
     manifest = load_manifest(home)
     match = match_study(manifest.site, study)
     key = open_patient_key(home)
     splits = assign_splits(manifest.cases, key, manifest.site.split)
-    outcome = ingest(home, manifest)
-    unfit = _unfit(manifest, outcome.entries, study)
-    findings = (*outcome.findings, *unfit)
+    outcome = ingest(home, manifest, say=say)
+    unfit = unfit_findings(manifest, outcome.entries, study)
+    beside, unknown = covariate_channels_of(manifest, study)
+    # One image under two patients: the promise per patient would be broken.
+    alike = same_image_findings(manifest.cases, outcome.entries, key)
+    twice = [finding for finding in alike if finding.severity == "error"]
+    findings = (*outcome.findings, *unfit, *unknown, *twice)
     require_good(home, findings, len(manifest.cases), name_files=False)
-    folder = private_folder(cache_folder(home) / "prepared" / _recipe(study, match))
+    folder = private_folder(cache_folder(home) / "prepared" / recipe_of(study, match))
+    note_use(home, folder.name, study.digest)
+    entries = outcome.entries.values()
+    require_room(home, folder, entries, study, quota_gib=manifest.site.cache_quota_gib, say=say)
     found: dict[str, list[CaseData]] = {}
     left_out = 0
     with FolderWriter(folder) as writer:
@@ -180,9 +211,9 @@ def _open_cohort(
                 if label is None:
                     left_out += 1
                     continue
-            content = _content(folder / entry.content)
+            content = content_of(folder / entry.content)
             if content is None:
-                arrays, content = _prepare(entry, study, match)
+                arrays, content = prepare_case(entry, study, match)
                 writer.add(entry.content, arrays, content)
             name = key.name(case.patient_id)
             found.setdefault(name, []).append(
@@ -193,7 +224,9 @@ def _open_cohort(
                     affine=np.array(content["affine"]),
                     original_shape=entry.original_shape,
                     original_affine=entry.original_affine,
+                    covariates=case.covariates,
                     _label=label,
+                    _beside=beside[case.case_id],
                 )
             )
             if progress is not None:
@@ -239,96 +272,14 @@ def _present(case: CaseData, classes: int) -> npt.NDArray[np.int64]:
 # --- one case ----------------------------------------------------------------------------------
 
 
-def _recipe(study: Study, match: Match) -> str:
-    """Return the name of the folder that holds cases prepared in this way."""
-    return digest(
-        {
-            "format": FORMAT,
-            "kind": study.task.kind,
-            "dimensions": study.task.dimensions,
-            "preprocessing": study.preprocessing.model_dump(mode="json"),
-            "channels": list(match.channels),
-            "values": sorted([value, index] for value, index in match.values.items()),
-        }
-    )[:32]
-
-
-def _prepare(
-    entry: Ingested, study: Study, match: Match
-) -> tuple[dict[str, Array], dict[str, Any]]:
-    label = None
-    if study.task.kind == "segmentation":
-        values = entry.label()
-        table = np.zeros(int(np.iinfo(values.dtype).max) + 1, dtype=np.uint8)
-        for value, index in match.values.items():
-            if value < table.size:
-                table[value] = index
-        label = table[values]
-    images = [entry.image(name) for name in match.channels]
-    image, label, affine = prepare(images, label, entry.affine, study)
-    arrays: dict[str, Array] = {"image": image}
-    if label is not None:
-        arrays["label"] = label
-    return arrays, {"affine": affine.tolist()}
-
-
-def _content(folder: Path) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = json.loads((folder / "case.json").read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return content
-
-
 def _class_label(
     case: Case, manifest: Manifest, match: Match, study: Study
 ) -> npt.NDArray[Any] | None:
     """Return the case's class label, or None where its class is none of the study's."""
-    names = local_names(manifest.site)
-    written = classes_of(case)
-    found = sorted({match.classes[names[n]] for n in written if names[n] in match.classes})
+    names = class_names(case.label, manifest.site)
+    found = sorted({match.classes[name] for name in names if name in match.classes})
     if study.task.multi_label:
         label = np.zeros(len(study.task.classes), dtype=np.float32)
         label[found] = 1
         return label
     return np.array(found[0], dtype=np.int64) if found else None
-
-
-def _unfit(
-    manifest: Manifest, entries: Mapping[str, Ingested], study: Study
-) -> tuple[Finding, ...]:
-    """Find cases that are good in themselves and do not fit this study."""
-    findings = []
-    wanted = study.task.dimensions
-    for case in manifest.cases:
-        entry = entries.get(case.case_id)
-        if entry is None:
-            continue
-        error = None
-        if len(entry.shape) != wanted:
-            error = ConsiliumError(
-                "data.dimensions",
-                f"The study is {wanted}D and an image has {len(entry.shape)} dimensions.",
-                where=next(iter(case.images.values())),
-                hint="Take part in a study for such images, or leave the case out.",
-            )
-        elif study.preprocessing.spacing is not None and not entry.spacing_known:
-            error = ConsiliumError(
-                "data.no-spacing",
-                "The study resamples to a spacing and an image does not say how large its "
-                "pixels are.",
-                where=next(iter(case.images.values())),
-                hint="Import the original DICOM or NIfTI; pictures carry no size.",
-            )
-        elif study.task.kind == "classification" and not study.task.multi_label:
-            count = len(classes_of(case))
-            if count != 1:
-                error = ConsiliumError(
-                    "data.label-values",
-                    f"The study takes one class per case and a case has {count}.",
-                    where="cases.csv",
-                    hint="Correct the label column, or take part in a multi-label study.",
-                )
-        if error is not None:
-            findings.append(Finding.of(case.case_id, error))
-    return tuple(findings)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from pydantic import ValidationError
 
 from consilium_client.data.case_list import read_table
-from consilium_client.data.importers.base import Found, input_name
-from consilium_client.data.ingest.run import IngestOutcome, classes_of
+from consilium_client.data.importers.base import Choices, Found, input_name, unique_inputs
+from consilium_client.data.ingest.run import IngestOutcome
 from consilium_client.data.manifest import Manifest
+from consilium_client.data.match import class_names, written_classes
+from consilium_client.data.ranges import parse_number
 from consilium_client.data.schema import Case, SiteManifest, SplitFractions
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
 
+#: So many different numbers in the label column are measurements rather than classes.
+_MANY_NUMBERS: Final = 10
+
 
 @dataclass(frozen=True)
-class ImportOptions:
-    """What a person may say about a folder; everything has a default.
+class ImportOptions(Choices):
+    """What a person may say about an import, beside how the layout is read.
 
     Parameters
     ----------
@@ -28,14 +35,10 @@ class ImportOptions:
         Name of the importer; None detects it.
     site : str, optional
         Name of the site; None keeps the manifest's, or ``site.json``'s.
-    inputs : tuple of str
-        Names of the input channels, in order.
     labels : mapping
         Label name to value, as in site.yaml.
     skip_bad : bool
         Leave bad cases out instead of failing.
-    mixed : bool
-        Accept DICOM folders that hold several patients.
     replace : bool
         Permit another root than the manifest's.
     patients : Path, optional
@@ -44,10 +47,8 @@ class ImportOptions:
 
     format: str | None = None
     site: str | None = None
-    inputs: tuple[str, ...] = ()
     labels: Mapping[str, int | str] = field(default_factory=dict)
     skip_bad: bool = False
-    mixed: bool = False
     replace: bool = False
     patients: Path | None = None
 
@@ -55,6 +56,16 @@ class ImportOptions:
 def draft_manifest(
     home: SiteHome, found: Found, options: ImportOptions, old: Manifest | None
 ) -> Manifest:
+    """Return the manifest of what was found; a person's names, classes, splits and covariates of
+    an earlier import of the same folder stay.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.other-root`` for another folder than before without ``replace``,
+        ``data.duplicate-case``, ``data.cases`` for the list of patients, ``usage.inputs`` and
+        ``usage.manifest``.
+    """
     same = old is not None and old.root == found.root
     if old is not None and not same and not options.replace:
         raise ConsiliumError(
@@ -67,20 +78,50 @@ def draft_manifest(
     inputs = _inputs(found, options, before)
     rename = dict(zip(found.inputs, inputs, strict=True))
     patients = _patients(options.patients)
-    splits = {case.case_id: case.split for case in old.cases} if old is not None and same else {}
+    known = {case.case_id: case for case in old.cases} if old is not None and same else {}
+    covariates = _covariates(found, before)
     cases = tuple(
-        Case(
-            case_id=case.case_id,
-            patient_id=patients.get(case.case_id, case.patient_id),
-            images={rename[name]: reference for name, reference in case.images.items()},
-            label=case.label,
-            split=case.split or splits.get(case.case_id),
-        )
-        for case in found.cases
+        _case(case, known.get(case.case_id), covariates, rename, patients) for case in found.cases
     )
+    _require_distinct(cases, found.root)
     return Manifest(
         _site(home, found, options, old=old, before=before, inputs=inputs), cases, found.root
     )
+
+
+def _case(
+    case: Case,
+    before: Case | None,
+    covariates: tuple[str, ...],
+    rename: Mapping[str, str],
+    patients: Mapping[str, str],
+) -> Case:
+    """Return a found case, with what a person has written about it since the last import."""
+    facts = {**(before.covariates if before else {}), **case.covariates}
+    return Case(
+        case_id=case.case_id,
+        patient_id=patients.get(case.case_id, case.patient_id),
+        images={rename[name]: reference for name, reference in case.images.items()},
+        label=case.label,
+        split=case.split or (before.split if before else None),
+        covariates={name: facts.get(name) for name in covariates},
+    )
+
+
+def _covariates(found: Found, before: SiteManifest | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*(before.covariates if before else ()), *found.covariates)))
+
+
+def _require_distinct(cases: Sequence[Case], root: Path) -> None:
+    counts = Counter(case.case_id for case in cases)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise ConsiliumError(
+            "data.duplicate-case",
+            "Two images of the folder would be one case.",
+            where=f"{root}: {twice}",
+            hint="Take one of them away, or list the cases in a CSV file with names of their own.",
+        )
 
 
 def _site(
@@ -98,12 +139,14 @@ def _site(
         "site": options.site or (old.site.site if old else _site_name(home)),
         "root": str(found.root),
         "inputs": list(inputs),
+        "covariates": list(_covariates(found, before)),
         "label_kind": found.label_kind,
         "labels": labels,
         "classes": {
             name: to for name, to in (before.classes if before else {}).items() if name in labels
         },
         "split": old.site.split if old else SplitFractions(),
+        "cache_quota_gib": old.site.cache_quota_gib if old else None,
     }
     try:
         return SiteManifest.model_validate(content)
@@ -125,7 +168,7 @@ def _inputs(found: Found, options: ImportOptions, before: SiteManifest | None) -
                 f"{len(options.inputs)} inputs are named, the folder has {len(found.inputs)}.",
                 hint="Give --input once per channel, in order.",
             )
-        return options.inputs
+        return unique_inputs(options.inputs)
     if before is not None and len(before.inputs) == len(found.inputs):
         return tuple(before.inputs)
     return found.inputs
@@ -138,11 +181,11 @@ def _labels(
     if options.labels:
         return dict(options.labels)
     labels = dict(found.labels or {})
-    if found.label_kind == "class" and found.labels is None:
-        names = {name for case in found.cases for name in classes_of(case)}
-        labels = {name: name for name in sorted(names)}
     old = dict(before.labels) if before and before.label_kind == found.label_kind else {}
-    if found.headers and found.label_kind == "mask":
+    if found.label_kind == "class" and found.labels is None:
+        written = {name for case in found.cases for name in written_classes(case.label)}
+        return {**old, **{name: name for name in sorted(written) if not _listed(name, before)}}
+    if found.labels_by_name:
         # Segments go by name: values once given stay, new names get new values.
         kept = old or ({"background": 0} if labels else {})
         free = (n for n in range(1, 65536) if n not in kept.values())
@@ -150,6 +193,35 @@ def _labels(
     named = {str(value): name for name, value in old.items()}
     merged = {named.get(str(value), name): value for name, value in labels.items()}
     return {**old, **merged} if not labels else merged
+
+
+def _listed(written: str, before: SiteManifest | None) -> bool:
+    """Whether site.yaml knows a class already, by its name, its value or a range."""
+    if before is None or before.label_kind != "class":
+        return False
+    try:
+        return bool(class_names(written, before))
+    except ConsiliumError:
+        return False
+
+
+def notes_on(manifest: Manifest) -> tuple[str, ...]:
+    """Return what a person should know about labels and covariates, without any patient's."""
+    site, cases = manifest.site, manifest.cases
+    notes = []
+    numbers = [name for name in site.labels.values() if parse_number(str(name)) is not None]
+    if site.label_kind == "class" and len(numbers) == len(site.labels) > _MANY_NUMBERS:
+        notes.append(
+            f"The labels are {len(numbers)} different numbers, each a class of its own. For "
+            "classes by range give, for example, --label 'young=<40' --label 'old=>=40'."
+        )
+    for name in site.covariates:
+        values = [case.covariates.get(name) for case in cases]
+        present = [value for value in values if value is not None]
+        kind = "words" if any(isinstance(value, str) for value in present) else "numbers"
+        lack = len(values) - len(present)
+        notes.append(f"Covariate {name}: {kind}" + (f", missing in {lack} cases." if lack else "."))
+    return tuple(notes)
 
 
 def with_value_names(manifest: Manifest, outcome: IngestOutcome) -> Manifest:

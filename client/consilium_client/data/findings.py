@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from consilium_client.data.rules import Severity, rule_of
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
+from consilium_common.report.wording import plural
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 
@@ -68,20 +70,56 @@ class Finding:
         return cls(case, error.code, error.message, error.where, error.hint)
 
 
-def findings_table(findings: Sequence[Finding], *, limit: int = 40) -> Table:
-    """Return the findings as a table for the person at the site."""
+def findings_table(findings: Sequence[Finding], *, limit: int = 3) -> Group:
+    """Return the findings for the person at the site: a table per rule, with why and what to do.
+
+    Parameters
+    ----------
+    limit : int
+        Findings of one rule to show; the others are counted (default: 3).
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    by_code: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_code.setdefault(finding.code, []).append(finding)
+    tables = [_table_of(together, limit) for together in by_code.values()]
+    return Group(Text(plural(len(findings), "finding")), *tables)
+
+
+def _table_of(findings: Sequence[Finding], limit: int) -> Table:
+    """Return the table of one rule's findings."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{len(findings)} findings", title_justify="left", show_lines=True)
-    for column in ("case", "rule", "what and where", "to do"):
-        table.add_column(column, overflow="fold")
-    for finding in findings[:limit]:
+    first, shown = findings[0], findings[:limit]
+    style = "bold red" if first.severity == "error" else "bold yellow"
+    table = Table(
+        title=Text.assemble((f"{first.severity} {first.code}", style), f"  {first.why}"),
+        title_justify="left",
+        title_style="",
+        caption_justify="left",
+        caption_style="",
+        box=SIMPLE_HEAD,
+        expand=True,
+    )
+    table.add_column("case", ratio=1, overflow="fold")
+    table.add_column("what and where", ratio=2, overflow="fold")
+    # What to do stands once below, where it is the same for all.
+    hints = {finding.hint for finding in shown}
+    if len(hints) > 1:
+        table.add_column("to do", ratio=2, overflow="fold")
+    for finding in shown:
         what = f"{finding.message}\n{finding.where}" if finding.where else finding.message
         # Text, not markup: file names may hold brackets.
-        table.add_row(*(Text(cell) for cell in (finding.case, finding.code, what, finding.hint)))
-    if len(findings) > limit:
-        table.caption = f"and {len(findings) - limit} more in the report"
+        cells = [finding.case or "cohort", what, *([finding.hint] if len(hints) > 1 else [])]
+        table.add_row(*map(Text, cells))
+    more = len(findings) - len(shown)
+    last = [f"and {more} more in the report"] if more else []
+    last += [f"To do: {first.hint}"] if len(hints) == 1 and first.hint else []
+    table.caption = Text("\n".join(last))
     return table
 
 
@@ -99,7 +137,7 @@ def write_report(path: Path, findings: Sequence[Finding], *, cases: int) -> None
 def error_of(
     findings: Sequence[Finding], *, cases: int, report: Path, name_files: bool
 ) -> ConsiliumError:
-    """Return the one error that ends a command with these findings.
+    """Return the one error that ends a command with these findings, all of them errors.
 
     Its code is the findings' own where they agree, else ``data.invalid``. With ``name_files`` a
     single finding's files are named; without, only the report is, so that the error may travel.
@@ -115,9 +153,15 @@ def error_of(
             hint=only.hint,
         )
     listed = ", ".join(f"{number} × {name}" for name, number in sorted(counts.items()))
+    bad = {finding.case for finding in findings}
+    said = (
+        f"{len(findings)} of {cases} cases cannot be used"
+        if len(bad) == len(findings) and "" not in bad
+        else f"{len(findings)} errors in {cases} cases"
+    )
     return ConsiliumError(
         code,
-        f"{len(findings)} of {cases} cases cannot be used: {listed}.",
+        f"{said}: {listed}.",
         where=str(report),
         hint="The report names every file and what to do about it.",
     )

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from consilium_client.data.drafting import ImportOptions, draft_manifest, with_value_names
+from consilium_client.data.doctor.examination import examine
+from consilium_client.data.doctor.fixes import apply_fixes
+from consilium_client.data.doctor.page import Subject, render_page
+from consilium_client.data.drafting import ImportOptions, draft_manifest, notes_on, with_value_names
 from consilium_client.data.findings import Finding, error_of, write_report
 from consilium_client.data.importers import choose_importer, importers
 from consilium_client.data.ingest.cache import (
@@ -29,6 +32,8 @@ from consilium_client.data.manifest import Manifest, existing_manifest, load_man
 from consilium_client.data.split import Split, assign_splits, open_patient_key
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
+from consilium_common.files import write_atomic
+from consilium_common.study.schema import Study
 
 __all__ = [
     "DataOutcome",
@@ -44,11 +49,14 @@ Progress = Callable[[str, int, int], None]
 
 
 class DataProblemsError(ConsiliumError):
-    """The error that ends an import or a check, with every finding behind it."""
+    """The error that ends an import or a check, with every finding, and what was mended before."""
 
-    def __init__(self, error: ConsiliumError, findings: tuple[Finding, ...]) -> None:
+    def __init__(
+        self, error: ConsiliumError, findings: tuple[Finding, ...], fixed: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(error.code, error.message, where=error.where, hint=error.hint)
         self.findings = findings
+        self.fixed = fixed
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class DataOutcome:
     """What stands after an import or a check.
 
     ``read`` counts the cases whose files were read now; ``left_out`` are those that
-    ``skip_bad`` left out.
+    ``skip_bad`` left out. ``warnings`` and ``fixed`` (one line each) are those of a check.
     """
 
     manifest: Manifest
@@ -65,6 +73,8 @@ class DataOutcome:
     read: int
     left_out: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[Finding, ...] = ()
+    fixed: tuple[str, ...] = ()
 
     def counts(self) -> dict[str, int]:
         """Return numbers of cases and patients, in all and by split; for the site alone."""
@@ -109,19 +119,22 @@ def import_folder(
     folder = folder.expanduser().resolve()
     with writing(home):
         old = existing_manifest(home)
-        known = importers(mixed=options.mixed, progress=_named(progress, "index"))
-        importer, reason = choose_importer(folder, known, options.format)
+        known = importers(options, progress=_named(progress, "index"))
+        importer, reason = choose_importer(folder, known, options.format, options)
         if say is not None:
             say(reason)
         found = importer.cases(folder)
-        if say is not None:
-            for line in found.notes:
-                say(line)
         manifest = draft_manifest(home, found, options, old)
+        notes = (*found.notes, *notes_on(manifest))
+        if say is not None:
+            for line in notes:
+                say(line)
         sources = Sources(manifest.root)
         if found.headers:
             sources.adopt(found.headers)
-        outcome = ingest(home, manifest, sources=sources, progress=_named(progress, "ingest"))
+        outcome = ingest(
+            home, manifest, sources=sources, progress=_named(progress, "ingest"), say=say
+        )
         manifest = with_value_names(manifest, outcome)
         findings = (*found.findings, *outcome.findings)
         good = tuple(case for case in manifest.cases if case.case_id in outcome.entries)
@@ -136,26 +149,68 @@ def import_folder(
         splits = assign_splits(good, open_patient_key(home), manifest.site.split)
         save_manifest(home, manifest)
         forget_others(home, outcome.entries)
-    return DataOutcome(manifest, outcome.entries, splits, outcome.read, findings, found.notes)
+    return DataOutcome(manifest, outcome.entries, splits, outcome.read, findings, notes)
 
 
-def check_data(home: SiteHome, *, progress: Progress | None = None) -> DataOutcome:
-    """Verify the manifest as it stands now; files that changed are read again.
+def check_data(
+    home: SiteHome,
+    *,
+    study: Study | None = None,
+    fix: bool = False,
+    page: Path | None = None,
+    progress: Progress | None = None,
+) -> DataOutcome:
+    """Verify the manifest as it stands now and examine the cohort; read what has changed.
+
+    Writes ``reports/data-report.json`` and one HTML page, whatever it finds.
+
+    Parameters
+    ----------
+    study : Study, optional
+        What the cases must fit besides.
+    fix : bool
+        Mend first what needs no judgement: see :mod:`consilium_client.data.doctor.fixes`.
+    page : Path, optional
+        Where to write the page (default: ``reports/data-check.html`` in the site's home).
+    progress : callable, optional
+        Called with (what, done, total).
 
     Raises
     ------
     DataProblemsError
-        Cases cannot be used.
+        There are errors among the findings.
     ConsiliumError
-        ``data.no-manifest``, ``data.manifest``, ``data.cases`` and the like.
+        ``data.no-manifest``, ``data.manifest``, ``data.cases`` and the like, or ``state.*``.
     """
     with writing(home):
+        fixed = apply_fixes(home) if fix else ()
         manifest = load_manifest(home)
-        outcome = ingest(home, manifest, progress=_named(progress, "check"))
-        require_good(home, outcome.findings, len(manifest.cases), name_files=True)
-        splits = assign_splits(manifest.cases, open_patient_key(home), manifest.site.split)
+        key = open_patient_key(home)
+        sources = Sources(manifest.root)
+        outcome = ingest(home, manifest, sources=sources, progress=_named(progress, "check"))
+        findings = examine(
+            home, manifest, outcome, sources, key, study=study, progress=_named(progress, "scan")
+        )
+        patients = len({key.name(case.patient_id) for case in manifest.cases})
+        subject = Subject(
+            manifest.site.site,
+            (study.title or study.name) if study is not None else "",
+            len(manifest.cases),
+            patients,
+            outcome.entries,
+        )
+        page = page or home.reports / "data-check.html"
+        write_atomic(page, render_page(subject, findings, fixed=fixed).encode())
+        write_report(home.reports / "data-report.json", findings, cases=len(manifest.cases))
+        errors = tuple(finding for finding in findings if finding.severity == "error")
+        if errors:
+            error = error_of(errors, cases=len(manifest.cases), report=page, name_files=True)
+            raise DataProblemsError(error, findings, fixed)
+        splits = assign_splits(manifest.cases, key, manifest.site.split)
         forget_others(home, outcome.entries)
-    return DataOutcome(manifest, outcome.entries, splits, outcome.read)
+    return DataOutcome(
+        manifest, outcome.entries, splits, outcome.read, warnings=findings, fixed=fixed
+    )
 
 
 def require_good(

@@ -49,7 +49,9 @@ def load_manifest(home: SiteHome) -> Manifest:
     path = home.data / SITE_FILE
     site = parse_site(_read(path), where=str(path))
     cases_path = path.parent / site.cases
-    cases = parse_cases(_read(cases_path), site.inputs, where=str(cases_path))
+    cases = parse_cases(
+        _read(cases_path), site.inputs, where=str(cases_path), covariates=site.covariates
+    )
     return Manifest(site, cases, (path.parent / Path(site.root).expanduser()).resolve())
 
 
@@ -62,7 +64,8 @@ def save_manifest(home: SiteHome, manifest: Manifest) -> None:
     """Write both files, each atomically; a file whose content stays the same is not touched."""
     site = manifest.site
     old = existing_site(home)
-    write_atomic(home.data / site.cases, render_cases(manifest.cases, site.inputs).encode())
+    cases = render_cases(manifest.cases, site.inputs, site.covariates)
+    write_atomic(home.data / site.cases, cases.encode())
     if old != site:  # a person's comments live as long as nothing changes
         write_atomic(home.data / SITE_FILE, render_site(site).encode())
 

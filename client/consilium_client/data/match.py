@@ -1,14 +1,19 @@
-"""Which of the site's channels and labels are the study's inputs and classes."""
+"""Which of the site's channels and labels are the study's inputs and classes, and a case's."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
+from consilium_client.data.ranges import parse_number
 from consilium_client.data.schema import UNNAMED_INPUT, SiteManifest
 from consilium_common.errors import ConsiliumError
 from consilium_common.study.schema import Study
+
+#: In the label column: a case with none of the classes (multi-label).
+NO_CLASS: Final = "-"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,45 @@ def match_study(site: SiteManifest, study: Study) -> Match:
         else {}
     )
     return Match(_channels(site, study), classes, values)
+
+
+def written_classes(label: str) -> tuple[str, ...]:
+    """Return what the label column says, as it is written; ``|`` or ``;`` separate classes."""
+    if label == NO_CLASS:
+        return ()
+    return tuple(part.strip() for part in re.split(r"[|;]", label) if part.strip())
+
+
+def class_names(label: str, site: SiteManifest) -> tuple[str, ...]:
+    """Return the local label names behind a cell of the label column.
+
+    A cell holds a label's name, its value, or a number that lies in a label's range; the name and
+    the value go before the range.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.label-unknown`` for what site.yaml does not list.
+    """
+    known = {str(value): name for name, value in site.labels.items()}
+    known |= {name: name for name in site.labels}
+    ranges = site.ranges()
+    found = []
+    for written in written_classes(label):
+        name = known.get(written)
+        number = parse_number(written) if name is None and ranges else None
+        if number is not None:
+            name = next((local for local, span in ranges.items() if number in span), None)
+        if name is None:
+            raise ConsiliumError(
+                "data.label-unknown",
+                "The label column holds a class that site.yaml does not list.",
+                where=f"cases.csv: {written[:60]}",
+                hint="Add it under `labels` in site.yaml, or correct the label. A class may be a "
+                'range of numbers: `old: ">=65"`.',
+            )
+        found.append(name)
+    return tuple(dict.fromkeys(found))
 
 
 def _plain(name: str) -> str:

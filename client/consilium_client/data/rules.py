@@ -62,6 +62,15 @@ RULES: Final[Mapping[str, Rule]] = {
     "data.label-values": _error("A value that no class has would be learnt as background."),
     "data.label-unknown": _error("A value that no class has would be learnt as background."),
     "data.overlap": _error("A voxel has one class: an overlap must be decided by a person."),
+    "data.label-to-background": _warning(
+        "What the study does not name is taught as background: often only the spelling differs."
+    ),
+    "data.label-kind": _error("Masks and classes train two different kinds of network."),
+    "data.class-missing": _error("A class without a label here would be taught as absent."),
+    "data.class-ambiguous": _error("Which class a label means is not for a program to guess."),
+    "data.channel-missing": _error("A network that was promised a channel cannot go without it."),
+    "data.covariate-missing": _error("A network that was promised a value cannot guess it."),
+    "data.covariate": _error("A word where a number belongs would be learnt as nothing at all."),
     "data.empty-label": _error(
         "The study refuses cases without foreground: often the label was lost on export."
     ),
@@ -72,11 +81,13 @@ RULES: Final[Mapping[str, Rule]] = {
     "data.same-image": _error(
         "One image under two patients leaks between splits and counts one person's budget twice."
     ),
+    "data.repeated-image": _warning("An image that is listed twice weighs twice in training."),
     "data.two-identifiers": _error(
         "One person under two identifiers spends two budgets: the promise per patient is broken."
     ),
     # --- the cohort ---
     "data.intensity-outlier": _warning("Values far from the cohort's often mean a lost rescale."),
+    "data.blank": _warning("An image of one single value was often lost on its way here."),
     "data.unit-mismatch": _warning(
         "Hounsfield units and arbitrary ones in one cohort are two different images to a network."
     ),
@@ -87,6 +98,10 @@ RULES: Final[Mapping[str, Rule]] = {
     "data.burned-in-unknown": _warning(
         "The file does not say whether text is burned into its pixels; names often are."
     ),
+    # --- the site's own house ---
+    "state.open-to-others": _warning("Images and keys of this site are for its own user alone."),
+    "state.disk-low": _warning("A full disk stops an import, a round or the ledger half way."),
+    "state.cache-damaged": _warning("Training would stop at a case that cannot be read."),
     # --- identity ---
     "deid.tags": _warning("Tags that identify a patient are a breach as soon as a copy travels."),
     "deid.claim-untrue": _warning(

@@ -6,6 +6,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from consilium_client.data.ranges import Range, parse_range
 from consilium_common.study.schema import Name
 
 #: The name of the single channel of a site that has not named its inputs.
@@ -47,16 +48,23 @@ class SiteManifest(Model):
     inputs: Annotated[list[Name], Field(min_length=1, max_length=16)] = [UNNAMED_INPUT]
     #: mask: the column ``label`` names an image of labels; class: it holds a class.
     label_kind: Literal["mask", "class"]
-    #: Local label name to its value in the masks, or to what cases.csv calls the class.
+    #: Local label name to its value in the masks, to what cases.csv calls the class, or to the
+    #: range of numbers that make the class.
     labels: dict[LocalName, int | str] = {}
     #: Local label name to the study's class name, where they differ in more than spelling.
     classes: dict[LocalName, Name] = {}
+    #: Facts beside the image, such as an age: the columns ``covariate_<name>``.
+    covariates: Annotated[list[Name], Field(max_length=64)] = []
     split: SplitFractions = SplitFractions()
+    #: Most the cache of pixels may take, GiB; None for as much as the disk holds.
+    cache_quota_gib: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.inputs)) != len(self.inputs):
             raise ValueError("inputs has a name twice")
+        if len(set(self.covariates)) != len(self.covariates):
+            raise ValueError("covariates has a name twice")
         if self.label_kind == "mask":
             for name, value in self.labels.items():
                 if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 65536:
@@ -67,7 +75,25 @@ class SiteManifest(Model):
         unknown = [name for name in self.classes if name not in self.labels]
         if unknown:
             raise ValueError(f"classes names {unknown[0]}, which labels does not have")
+        named = list(self.ranges().items())
+        for position, (name, span) in enumerate(named):
+            other = next((n for n, later in named[position + 1 :] if span.overlaps(later)), None)
+            if other is not None:
+                raise ValueError(f"labels: a number may be {name} and {other}; part their ranges")
         return self
+
+    def ranges(self) -> dict[str, Range]:
+        """Return the label names that stand for a range of numbers.
+
+        Raises
+        ------
+        ValueError
+            A range holds no number.
+        """
+        if self.label_kind != "class":
+            return {}
+        found = {name: parse_range(str(value)) for name, value in self.labels.items()}
+        return {name: span for name, span in found.items() if span is not None}
 
 
 class Case(Model):
@@ -83,4 +109,6 @@ class Case(Model):
     #: for channel n of a four-dimensional NIfTI file.
     images: dict[str, str]
     label: str = ""
+    #: By name: a number, a word, or None where the value is missing.
+    covariates: Annotated[dict[str, float | str | None], Field(repr=False)] = {}
     split: Literal["train", "validation", "test"] | None = None

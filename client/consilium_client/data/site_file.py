@@ -113,7 +113,8 @@ cases: {_scalar(site.cases)}
 inputs: {json.dumps(site.inputs)}
 
 # Labels. mask: the column `label` names an image, and each local name has its value in it.
-# class: the column `label` holds the class itself.
+# class: the column `label` holds the class itself, or a number, and a name has its range: "<40",
+# "40..65" (with 40, without 65), ">=65".
 label_kind: {site.label_kind}
 labels:{table(site.labels)}
 
@@ -121,9 +122,16 @@ labels:{table(site.labels)}
 # entry. Several names may map to one class.
 classes:{table(site.classes)}
 
+# Facts beside the image (age, laboratory values), each in a column `covariate_<name>`: a number or
+# a word; an empty cell is a missing value.
+covariates: {json.dumps(site.covariates)}
+
 # Shares of patients. A patient's place follows from a keyed hash and never moves when others are
 # added; the column `split` in the case list overrides it.
 split: {{train: {site.split.train}, validation: {site.split.validation}, test: {site.split.test}}}
+
+# Most that the cache of pixels may take, in GiB; null for as much as the disk holds.
+cache_quota_gib: {"null" if site.cache_quota_gib is None else site.cache_quota_gib}
 """
 
 

@@ -26,6 +26,7 @@ KEY_BYTES: Final = 32
 _NAME: Final = b"consilium/patient/v1\0"
 _SPLIT: Final = b"consilium/split/v1\0"
 _CHECK: Final = b"consilium/patient-key-check/v1\0"
+_PSEUDONYM: Final = b"consilium/pseudonym/v1\0"
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,33 @@ class PatientKey:
     secret: bytes = field(repr=False)
 
     def name(self, patient_id: str) -> str:
-        """Return the patient's keyed hash, 32 hexadecimal digits (HMAC-SHA256, first half)."""
+        """Return the patient's keyed hash, 32 hexadecimal digits (HMAC-SHA256, first half).
+
+        A pseudonym that this key has given means the patient it was given to: a de-identified copy
+        of the cohort is the same patients, with the same budget and the same split.
+        """
+        if self._gave(patient_id):
+            return patient_id.strip()[:32]
         return self._mac(_NAME, patient_id).hex()[:32]
+
+    def pseudonym(self, patient_id: str) -> str:
+        """Return what stands for the patient's number in a de-identified copy.
+
+        60 hexadecimal digits (a DICOM LO has room for 64): the patient's name, the point of their
+        split, and a check by which this key knows its own pseudonyms. Without the key it tells
+        nothing.
+        """
+        if self._gave(patient_id):
+            return patient_id.strip()
+        body = self.name(patient_id) + self._mac(_SPLIT, patient_id).hex()[:16]
+        return body + self._mac(_PSEUDONYM, body).hex()[:12]
 
     def split(self, patient_id: str, fractions: SplitFractions) -> Split:
         """Return the patient's split; it depends on this patient and the fractions alone."""
         # 64 bits as a number in [0, 1): the same patient always falls on the same point of the
         # line, whoever else is in the cohort.
-        point = int.from_bytes(self._mac(_SPLIT, patient_id)[:8], "big") / 2**64
+        digits = patient_id.strip()[32:48] if self._gave(patient_id) else ""
+        point = int(digits or self._mac(_SPLIT, patient_id).hex()[:16], 16) / 2**64
         if point < fractions.test:
             return "test"
         if point < fractions.test + fractions.validation:
@@ -59,6 +79,14 @@ class PatientKey:
     def fingerprint(self) -> str:
         """Value that tells two keys apart without revealing either, 64 hexadecimal digits."""
         return hmac.new(self.secret, _CHECK, hashlib.sha256).hexdigest()
+
+    def _gave(self, patient_id: str) -> bool:
+        """Whether this key has given ``patient_id`` as a pseudonym."""
+        text = patient_id.strip()
+        if len(text) != 60:
+            return False
+        check = self._mac(_PSEUDONYM, text[:48]).hex()[:12]
+        return hmac.compare_digest(text[48:].encode(), check.encode())
 
     def _mac(self, use: bytes, patient_id: str) -> bytes:
         # Spaces around (DICOM pads to even length) and the Unicode form are not identity.

@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from consilium_client.data.findings import Finding
 from consilium_client.data.ingest.dicom_headers import Header
+from consilium_client.data.ingest.picture import SUFFIXES
 from consilium_client.data.schema import UNNAMED_INPUT, Case
+from consilium_common.errors import ConsiliumError
+
+#: Layouts that name no patients say so.
+NO_PATIENTS: Final = (
+    "This layout names no patients: every case counts as a patient of its own. If patients have "
+    "several cases, give --patients FILE.csv (case_id, patient_id); privacy per patient depends "
+    "on it."
+)
+PICTURES: Final = SUFFIXES
+_VOLUMES: Final = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a person may say about how a layout is to be read; everything has a default.
+
+    Parameters
+    ----------
+    inputs : tuple of str
+        Names of the input channels, in order.
+    channels : mapping
+        Channel name to a pattern for the series or modality that it holds (DICOM, BIDS).
+    label_from : str
+        Where a class or a number comes from: a DICOM tag, a column of participants.tsv or of the
+        case list. Empty: from the layout's own place.
+    covariates : mapping
+        Covariate name to such a tag or column.
+    derivative : str
+        Pattern for the labels to take where a BIDS folder has several.
+    segments : tuple of str
+        Segments or regions to take from DICOM SEG and RTSTRUCT; a later one covers an earlier.
+    mixed : bool
+        Accept DICOM folders that hold several patients.
+    """
+
+    inputs: tuple[str, ...] = ()
+    channels: Mapping[str, str] = field(default_factory=dict)
+    label_from: str = ""
+    covariates: Mapping[str, str] = field(default_factory=dict)
+    derivative: str = ""
+    segments: tuple[str, ...] = ()
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,7 +71,12 @@ class Found:
     inputs : tuple of str
         Channel names; the first case's order.
     labels : mapping
-        Label name to value; empty where the source names none.
+        Label name to value; empty where the source names none, None where the classes are to be
+        taken from the cases.
+    labels_by_name : bool
+        Whether the masks themselves name their labels, so that the values are ours to give.
+    covariates : tuple of str
+        Names of the cases' covariates.
     findings : tuple of Finding
         Cases that cannot be listed.
     notes : tuple of str
@@ -41,9 +90,11 @@ class Found:
     label_kind: Literal["mask", "class"]
     inputs: tuple[str, ...] = (UNNAMED_INPUT,)
     labels: Mapping[str, int | str] | None = None
+    labels_by_name: bool = False
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
     headers: tuple[Header, ...] = ()
+    covariates: tuple[str, ...] = ()
 
 
 class Importer(Protocol):
@@ -52,6 +103,11 @@ class Importer(Protocol):
     @property
     def name(self) -> str:
         """What ``--format`` calls it."""
+        ...
+
+    @property
+    def understands(self) -> frozenset[str]:
+        """The choices of a person that this layout has a use for, by their option."""
         ...
 
     def detect(self, folder: Path) -> str | None:
@@ -77,7 +133,19 @@ def input_name(text: str) -> str:
 
 def case_name(text: str) -> str:
     """Turn a file or folder name into a case name, without suffixes."""
-    return text.removesuffix(".gz").removesuffix(".nii")[:200]
+    return without_suffix(text)[:200]
+
+
+def without_suffix(text: str) -> str:
+    """Return a file's name without what says its format: ``a.nii.gz`` becomes ``a``."""
+    lower = text.lower()
+    known = next((suffix for suffix in (*_VOLUMES, *PICTURES) if lower.endswith(suffix)), "")
+    return text[: len(text) - len(known)]
+
+
+def is_volume(path: Path) -> bool:
+    """Whether the file's name says NIfTI or NRRD."""
+    return path.name.lower().endswith(_VOLUMES)
 
 
 def unique_inputs(names: Sequence[str]) -> tuple[str, ...]:
@@ -86,3 +154,50 @@ def unique_inputs(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         name if plain.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(plain)
     )
+
+
+def read_dataset_json(path: Path) -> dict[str, Any]:
+    """Read the ``dataset.json`` of the Decathlon and of nnU-Net.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.dataset-json``.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise broken_dataset_json(path, "it cannot be read as JSON") from error
+    if not isinstance(content, dict):
+        raise broken_dataset_json(path, "it holds no object")
+    return content
+
+
+def broken_dataset_json(path: Path, why: str) -> ConsiliumError:
+    """Return the error for a ``dataset.json`` that says something impossible."""
+    return ConsiliumError(
+        "data.dataset-json",
+        f"{path.name} is not in its layout: {why}.",
+        where=str(path),
+        hint="Mend it, or list the cases in a CSV file: case_id, patient_id, image, label.",
+    )
+
+
+def inside(reference: str, listed_in: Path) -> str:
+    """Return a path that a list names, from the list's own folder.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.outside``: the list came from elsewhere, and may not point at anything but its own
+        folder.
+    """
+    relative = Path(reference)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise ConsiliumError(
+            "data.outside",
+            f"A path in {listed_in.name} leaves the folder.",
+            where=f"{listed_in}: {reference[:200]}",
+            hint="List such images in a CSV file of your own instead.",
+        )
+    return str(relative)

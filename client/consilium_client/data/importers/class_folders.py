@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from consilium_client.data.importers.base import Found
+from consilium_client.data.importers.base import NO_PATIENTS, Found
+from consilium_client.data.importers.pairs import is_pair_folder
 from consilium_client.data.ingest.picture import SUFFIXES
 from consilium_client.data.schema import Case
 from consilium_common.errors import ConsiliumError
@@ -14,12 +15,15 @@ class ClassFolderImporter:
     """Reads ``<class>/<picture>`` with PNG, JPEG, TIFF or BMP pictures."""
 
     name = "folders"
+    understands: frozenset[str] = frozenset()
 
     def detect(self, folder: Path) -> str | None:
         """See :class:`~consilium_client.data.importers.base.Importer`."""
         if not folder.is_dir():
             return None
         filled = [child for child in _folders(folder) if any(map(_is_picture, child.iterdir()))]
+        if all(is_pair_folder(child.name) for child in filled):
+            return None  # pictures and their masks, no classes
         return f"{len(filled)} folders of pictures" if len(filled) >= 2 else None
 
     def cases(self, folder: Path) -> Found:
@@ -56,11 +60,7 @@ class ClassFolderImporter:
             cases=cases,
             label_kind="class",
             labels={name: name for name in by_class},
-            notes=(
-                "Folders of pictures name no patients: every picture counts as a patient of its "
-                "own. If patients have several, give --patients FILE.csv (case_id, patient_id); "
-                "privacy per patient depends on it.",
-            ),
+            notes=(NO_PATIENTS,),
         )
 
 

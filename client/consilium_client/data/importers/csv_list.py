@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from consilium_client.data.case_list import columns_of, parse_cases, read_table
-from consilium_client.data.importers.base import Found
-from consilium_client.data.ingest.picture import SUFFIXES
+from consilium_client.data.case_list import COVARIATE, parse_cases, read_table
+from consilium_client.data.importers.base import PICTURES, Choices, Found, is_volume
+from consilium_client.data.importers.named_masks import segment_names
 from consilium_client.data.schema import UNNAMED_INPUT
 from consilium_common.errors import ConsiliumError
 
@@ -15,9 +15,20 @@ _NEEDED: Final = frozenset({"case_id", "image"})
 
 
 class CsvImporter:
-    """Reads ``case_id, patient_id, image[, image_<channel>…], label[, split]``."""
+    """Reads ``case_id, patient_id, image[, image_<channel>…], label[, split]`` and columns
+    ``covariate_<name>``.
+
+    Parameters
+    ----------
+    choices : Choices
+        ``label_from`` and ``covariates`` name columns of the list.
+    """
 
     name = "csv"
+    understands = frozenset({"--label-from", "--covariate"})
+
+    def __init__(self, choices: Choices | None = None) -> None:
+        self._choices = choices or Choices()
 
     def detect(self, folder: Path) -> str | None:
         """See :class:`~consilium_client.data.importers.base.Importer`."""
@@ -37,7 +48,8 @@ class CsvImporter:
         Raises
         ------
         ConsiliumError
-            ``data.no-list``, ``data.cases``, ``data.no-patient`` or ``data.duplicate-case``.
+            ``data.no-list``, ``data.cases``, ``data.no-patient``, ``data.duplicate-case`` or
+            ``usage.column``.
         """
         lists = [folder] if folder.is_file() else _lists(folder)
         if len(lists) != 1:
@@ -50,30 +62,58 @@ class CsvImporter:
         path = lists[0]
         text = _text(path)
         header, _ = read_table(text, where=str(path))
-        further = [name.removeprefix("image_") for name in header if name.startswith("image_")]
+        renamed = self._renamed(header, path)
+        columns = [renamed.get(name, name) for name in header]
+        further = [name.removeprefix("image_") for name in columns if name.startswith("image_")]
+        beside = [name.removeprefix(COVARIATE) for name in columns if name.startswith(COVARIATE)]
+        covariates = tuple(dict.fromkeys(beside))
         inputs = (UNNAMED_INPUT, *further)
-        cases = parse_cases(text, inputs, where=str(path))
+        cases = parse_cases(text, inputs, where=str(path), covariates=covariates, renamed=renamed)
         if not cases:
             raise ConsiliumError("data.cases", "The case list has no cases.", where=str(path))
-        labels = [case.label for case in cases if case.label]
-        masks = [label for label in labels if (path.parent / label.rpartition("#")[0]).is_file()]
-        masks += [label for label in labels if (path.parent / label).exists()]
-        looks_like_files = any(_looks_like_file(label) for label in labels)
+        files = _label_files([case.label for case in cases if case.label], path.parent)
+        names = None if files is None else segment_names(files)
         return Found(
             root=path.parent,
             cases=cases,
-            label_kind="mask" if masks or looks_like_files else "class",
+            label_kind="class" if files is None else "mask",
             inputs=inputs,
-            labels={} if masks or looks_like_files else None,
+            labels=names,
+            labels_by_name=bool(names),
             notes=()
-            if len(columns_of(inputs)) == 1
+            if len(inputs) == 1
             else (f"Input channels: {', '.join(inputs)}; rename the first with --input.",),
+            covariates=covariates,
         )
+
+    def _renamed(self, header: list[str], path: Path) -> dict[str, str]:
+        """Return the columns that a person has chosen to what they stand for."""
+        chosen = {column: f"{COVARIATE}{n}" for n, column in self._choices.covariates.items()}
+        if self._choices.label_from:
+            chosen[self._choices.label_from] = "label"
+        unknown = [column for column in chosen if column not in header]
+        if unknown:
+            raise ConsiliumError(
+                "usage.column",
+                f"The case list has no column {unknown[0]}.",
+                where=str(path),
+                hint=f"Its columns are {', '.join(header)}.",
+            )
+        return chosen
+
+
+def _label_files(labels: list[str], root: Path) -> list[Path] | None:
+    """Return the files that the labels name; None where they are classes."""
+    files = [root / (label.partition("#")[0]) for label in labels]
+    exist = [path for path in files if path.is_file()]
+    if exist or any(path.is_dir() for path in files if path != root):
+        return exist
+    return [] if any(_looks_like_file(label) for label in labels) else None
 
 
 def _looks_like_file(label: str) -> bool:
-    name = label.rpartition("#")[0] or label
-    return name.lower().endswith((".nii", ".nii.gz", ".dcm", *SUFFIXES))
+    name = label.partition("#")[0]
+    return name.lower().endswith((".dcm", *PICTURES)) or is_volume(Path(name))
 
 
 def _lists(folder: Path) -> list[Path]:

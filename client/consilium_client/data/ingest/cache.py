@@ -22,6 +22,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
+from consilium_client.data.ingest.facts import ChannelFacts
 from consilium_client.data.ingest.sources import Source
 from consilium_client.data.ingest.volume import Affine, Array
 from consilium_client.data.schema import Case
@@ -31,7 +32,7 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.files import private_folder, sync_folder
 
 #: Raised whenever the same source would now be ingested differently.
-FORMAT: Final = 1
+FORMAT: Final = 2
 _TEMPORARY: Final = ".part-"
 _BATCH_CASES: Final = 512
 _BATCH_BYTES: Final = 512 * 2**20
@@ -58,6 +59,14 @@ class Ingested:
         Values that occur in the mask; None where the label is no mask.
     sources : mapping
         SHA-256 of the bytes behind each channel and the label.
+    facts : mapping
+        By channel.
+    label_counts : mapping
+        Mask value to voxels; empty where the label is no mask.
+    scanner, modality : str
+        As DICOM headers say; empty where unknown, joined by `` + `` where channels differ.
+    axes : str
+        Orientation of the original image's axes, for example ``LPS``; empty for pictures.
     """
 
     folder: Path
@@ -71,6 +80,11 @@ class Ingested:
     sources: Mapping[str, str]
     #: Digest of everything the cached arrays depend on but the files' place and time.
     content: str
+    facts: Mapping[str, ChannelFacts]
+    label_counts: Mapping[int, int]
+    scanner: str
+    modality: str
+    axes: str
 
     def image(self, channel: str) -> Array:
         """Return one channel, memory-mapped, in the image's own units."""
@@ -107,7 +121,7 @@ def stamp_of(
         for path in source.files:
             status = path.stat()
             found.append([str(path), status.st_size, status.st_mtime_ns])
-        return [found, source.channel]
+        return [found, source.channel, source.segment]
 
     return digest(
         {
@@ -124,9 +138,9 @@ def load_entry(folder: Path) -> Ingested | None:
     """Return the cached case in ``folder``, or None where there is none."""
     try:
         content = json.loads((folder / "case.json").read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return entry_of(folder, content)
+        return entry_of(folder, content)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None  # absent or damaged: it is read again
 
 
 def entry_of(folder: Path, content: Mapping[str, Any]) -> Ingested:
@@ -143,7 +157,20 @@ def entry_of(folder: Path, content: Mapping[str, Any]) -> Ingested:
         label_values=None if values is None else tuple(values),
         sources=content["sources"],
         content=content["content"],
+        facts={name: ChannelFacts.from_dict(one) for name, one in content["facts"].items()},
+        label_counts={int(value): count for value, count in content["label_counts"].items()},
+        scanner=content["scanner"],
+        modality=content["modality"],
+        axes=content["axes"],
     )
+
+
+def write_case(folder: Path, arrays: Mapping[str, Array], content: Mapping[str, Any]) -> int:
+    """Write ``<array>.npy`` and ``case.json`` into a folder and return the arrays' bytes."""
+    for key, array in arrays.items():
+        np.save(folder / f"{key}.npy", array, allow_pickle=False)
+    (folder / "case.json").write_text(json.dumps(content))
+    return sum(array.nbytes for array in arrays.values())
 
 
 class FolderWriter:
@@ -181,13 +208,46 @@ class FolderWriter:
         ConsiliumError
             ``state.disk`` when the disk is full or the folder cannot be written.
         """
+        folder, size = self.write(arrays, content)
+        self.adopt(folder, name, size)
+
+    def write(self, arrays: Mapping[str, Array], content: Mapping[str, Any]) -> tuple[Path, int]:
+        """Write a case into a new folder for :meth:`adopt`, and return it with its bytes.
+
+        Raises
+        ------
+        ConsiliumError
+            ``state.disk``.
+        """
+        folder = self.folder()
         with self._disk():
-            temporary = Path(tempfile.mkdtemp(dir=self._parent, prefix=_TEMPORARY))
-            self._waiting.append((temporary, name))
-            for key, array in arrays.items():
-                np.save(temporary / f"{key}.npy", array, allow_pickle=False)
-                self._bytes += array.nbytes
-            (temporary / "case.json").write_text(json.dumps(content))
+            try:
+                return folder, write_case(folder, arrays, content)
+            except OSError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+
+    def folder(self) -> Path:
+        """Return a new empty folder for :func:`write_case`, here or in another process.
+
+        Raises
+        ------
+        ConsiliumError
+            ``state.disk``.
+        """
+        with self._disk():
+            return Path(tempfile.mkdtemp(dir=self._parent, prefix=_TEMPORARY))
+
+    def adopt(self, folder: Path, name: str, size: int) -> None:
+        """Take a folder of :meth:`folder` that :func:`write_case` has filled with ``size`` bytes.
+
+        Raises
+        ------
+        ConsiliumError
+            ``state.disk``.
+        """
+        self._waiting.append((folder, name))
+        self._bytes += size
         late = time.monotonic() - self._since > _BATCH_SECONDS
         if late or self._bytes > _BATCH_BYTES or len(self._waiting) >= _BATCH_CASES:
             self.flush()
@@ -210,12 +270,7 @@ class FolderWriter:
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(_sync_file, files))
             for temporary, name in waiting:
-                try:
-                    temporary.rename(self._parent / name)
-                except OSError:
-                    if not (self._parent / name / "case.json").exists():
-                        raise
-                    shutil.rmtree(temporary)
+                _appear(temporary, self._parent / name)
             sync_folder(self._parent)
 
     @contextmanager
@@ -233,6 +288,20 @@ class FolderWriter:
                 hint="Free space on the disk and run the command again; it goes on where it "
                 "stopped.",
             ) from error
+
+
+def _appear(temporary: Path, folder: Path) -> None:
+    """Rename a whole case into place; another process may have been faster."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        try:
+            json.loads((folder / "case.json").read_bytes())
+        except (FileNotFoundError, ValueError):  # damaged: ours takes its place
+            shutil.rmtree(folder)
+            temporary.rename(folder)
+        else:
+            shutil.rmtree(temporary)
 
 
 def _sync_file(path: Path) -> None:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from consilium_client.data.findings import Finding, reading
+from consilium_client.data.ingest.dicom_file import (
+    has_prefix,
+    is_dicom,
+    is_directory,
+    open_header,
+    quietly,
+)
 from consilium_common.errors import ConsiliumError
+from consilium_common.processes import die_with_parent
+
+__all__ = ["Header", "files_below", "index_files", "is_dicom", "numbers", "read_header"]
 
 _TAGS: Final = [
     "SOPClassUID",
@@ -40,6 +56,11 @@ _TAGS: Final = [
     "PatientBirthDate",
     "PatientSex",
 ]
+#: The last group of ``_TAGS``; per-frame functional groups and pixels lie behind it.
+_LAST_GROUP: Final = 0x0062
+#: From so many files on, starting processes costs less than they save.
+_MANY: Final = 300
+_CHUNK: Final = 50
 #: Objects with a pixel matrix that are not the images a study trains on.
 _NOT_IMAGES: Final = frozenset({"SEG", "RTDOSE", "RTIMAGE", "PR", "KO", "SR", "REG"})
 
@@ -90,116 +111,190 @@ class Header:
         return self.modality == "SEG"
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether the file has the DICOM prefix; many have no suffix at all."""
-    try:
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
 def read_header(path: Path) -> Header | None:
     """Read one file's header; None for a DICOMDIR.
 
     Raises
     ------
     ConsiliumError
-        ``data.truncated`` when the file ends or breaks before its series is known, or
-        ``data.missing``.
+        ``data.truncated`` when the file ends or breaks before its series is known,
+        ``data.too-large`` or ``data.missing``.
     """
-    import pydicom
-
-    with reading(path, "DICOM file"):
-        dataset: Any = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
-        kind = str(dataset.file_meta.get("MediaStorageSOPClassUID", ""))
-        if kind == "1.2.840.10008.1.3.10":
+    dataset, goes_on = open_header(path, tags=_TAGS, last_group=_LAST_GROUP)
+    with reading(path, "DICOM file"), quietly():
+        if is_directory(dataset):
             return None
-        if not dataset.get("SeriesInstanceUID") or not dataset.get("SOPInstanceUID"):
+        # Once for all: asking a dataset by keyword costs more than the conversion.
+        said = {element.keyword: element.value for element in dataset}
+        if not said.get("SeriesInstanceUID") or not said.get("SOPInstanceUID"):
             raise ConsiliumError(
                 "data.truncated",
-                "The DICOM file ends before it says which series it belongs to.",
+                "The DICOM file does not say which series it belongs to: it ends early, or was "
+                "stripped.",
                 where=str(path),
                 hint="Copy or export it again from its source.",
             )
-        return Header(
+        kind = dataset.file_meta.get("MediaStorageSOPClassUID", "")
+        header = Header(
             path=path,
-            sop_class=str(dataset.get("SOPClassUID", kind)),
-            sop_instance=str(dataset.SOPInstanceUID),
-            series=str(dataset.SeriesInstanceUID),
-            frame_of_reference=str(dataset.get("FrameOfReferenceUID") or ""),
-            patient_id=str(dataset.get("PatientID") or "").strip(),
-            modality=str(dataset.get("Modality") or "").strip().upper(),
-            rows=int(dataset.get("Rows") or 0),
-            columns=int(dataset.get("Columns") or 0),
-            frames=int(dataset.get("NumberOfFrames") or 1),
-            position=_numbers(dataset.get("ImagePositionPatient"), 3),
-            orientation=_numbers(dataset.get("ImageOrientationPatient"), 6),
-            pixel_spacing=_numbers(dataset.get("PixelSpacing"), 2)
-            or _numbers(dataset.get("ImagerPixelSpacing"), 2),
-            slice_thickness=float(dataset.SliceThickness)
-            if dataset.get("SliceThickness")
-            else None,
+            sop_class=str(said.get("SOPClassUID", kind)),
+            sop_instance=str(said["SOPInstanceUID"]),
+            series=str(said["SeriesInstanceUID"]),
+            frame_of_reference=str(said.get("FrameOfReferenceUID") or ""),
+            patient_id=str(said.get("PatientID") or "").strip(),
+            modality=str(said.get("Modality") or "").strip().upper(),
+            rows=int(said.get("Rows") or 0),
+            columns=int(said.get("Columns") or 0),
+            frames=int(said.get("NumberOfFrames") or 1),
+            position=numbers(said.get("ImagePositionPatient"), 3),
+            orientation=numbers(said.get("ImageOrientationPatient"), 6),
+            pixel_spacing=numbers(said.get("PixelSpacing"), 2)
+            or numbers(said.get("ImagerPixelSpacing"), 2),
+            slice_thickness=float(said["SliceThickness"]) if said.get("SliceThickness") else None,
             referenced_series=tuple(
                 str(item.SeriesInstanceUID)
-                for item in dataset.get("ReferencedSeriesSequence") or ()
+                for item in said.get("ReferencedSeriesSequence") or ()
                 if item.get("SeriesInstanceUID")
             ),
             segments=tuple(
                 (int(item.SegmentNumber), str(item.get("SegmentLabel") or item.SegmentNumber))
-                for item in dataset.get("SegmentSequence") or ()
+                for item in said.get("SegmentSequence") or ()
                 if item.get("SegmentNumber") is not None
             ),
-            study=str(dataset.get("StudyInstanceUID") or ""),
-            study_date=str(dataset.get("StudyDate") or ""),
-            series_description=str(dataset.get("SeriesDescription") or ""),
+            study=str(said.get("StudyInstanceUID") or ""),
+            study_date=str(said.get("StudyDate") or ""),
+            series_description=str(said.get("SeriesDescription") or ""),
             scanner=" ".join(
                 word
                 for name in ("Manufacturer", "ManufacturerModelName")
-                if (word := str(dataset.get(name) or "").strip())
+                if (word := str(said.get(name) or "").strip())
             ),
-            photometric=str(dataset.get("PhotometricInterpretation") or ""),
-            burned_in=str(dataset.get("BurnedInAnnotation") or "").strip().upper(),
-            image_type=_words(dataset.get("ImageType")),
-            person=_person(dataset),
+            photometric=str(said.get("PhotometricInterpretation") or ""),
+            burned_in=str(said.get("BurnedInAnnotation") or "").strip().upper(),
+            image_type=_words(said.get("ImageType")),
+            person=_person(said),
         )
+    # By its class, not by what was read of it: a cut header must not pass as "no image".
+    if not (goes_on and header.rows > 0 and header.columns > 0) and _stores_images(header):
+        raise ConsiliumError(
+            "data.truncated",
+            "The DICOM image ends before its pixels.",
+            where=str(path),
+            hint="Copy or export it again from its source.",
+        )
+    return header
+
+
+def _stores_images(header: Header) -> bool:
+    from pydicom.uid import UID
+
+    return str(UID(header.sop_class).name).endswith("Image Storage")
 
 
 def index_files(
-    paths: Iterable[Path], *, progress: Callable[[int, int], None] | None = None
+    paths: Iterable[Path],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int | None = None,
 ) -> tuple[list[Header], list[Finding]]:
     """Read the headers of all DICOM files among ``paths``; others are passed over.
 
     A file called ``.dcm`` that is not DICOM is a finding: its name says that it should be.
+
+    Parameters
+    ----------
+    paths : iterable of Path
+        Any files.
+    progress : callable, optional
+        Told how many files are done and how many there are.
+    workers : int, optional
+        Processes to read with (default: one per core for many files, none for a few). The result
+        does not depend on it.
 
     Returns
     -------
     (headers, findings)
         In the order of ``paths``.
     """
+    listed = list(paths)
     headers: list[Header] = []
     findings: list[Finding] = []
-    listed = list(paths)
-    for number, path in enumerate(listed, start=1):
-        if progress is not None and (number % 50 == 0 or number == len(listed)):
-            progress(number, len(listed))
-        if is_dicom(path):
-            try:
-                header = read_header(path)
-            except ConsiliumError as error:
-                findings.append(Finding.of(path.parent.name, error))
-                continue
-            if header is not None:
-                headers.append(header)
-        elif path.suffix.lower() == ".dcm":
-            misnamed = ConsiliumError(
-                "data.truncated",
-                "The file is called .dcm and is not DICOM (its first 132 bytes are not a prefix).",
-                where=str(path),
-                hint="Copy or export it again from its source, or take it out of the folder.",
-            )
-            findings.append(Finding.of(path.parent.name, misnamed))
+    done = 0
+    for chunk in _indexed(listed, workers):
+        done += len(chunk)
+        for entry in chunk:
+            if isinstance(entry, Header):
+                headers.append(entry)
+            elif entry is not None:
+                findings.append(entry)
+        if progress is not None:
+            progress(done, len(listed))
     return headers, findings
+
+
+def _indexed(paths: Sequence[Path], workers: int | None) -> Iterator[list[Header | Finding | None]]:
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+    if workers is None:
+        workers = _cores() if len(paths) >= _MANY else 1
+    # Daemonic processes may have no children.
+    if min(workers, len(chunks)) < 2 or multiprocessing.current_process().daemon:
+        yield from map(_index_chunk, chunks)
+        return
+    # Spawned, not forked: the caller may run threads, whose locks a fork would copy.
+    pool = ProcessPoolExecutor(
+        min(workers, len(chunks)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+    )
+    read = 0
+    try:
+        for result in pool.map(_index_chunk, chunks):
+            yield result
+            read += 1
+    except BrokenProcessPool:
+        # No children can run here, or one was killed: what is left is read in this process.
+        yield from map(_index_chunk, chunks[read:])
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _start_worker() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and ends the pool
+
+
+def _index_chunk(paths: Sequence[Path]) -> list[Header | Finding | None]:
+    return [_index_one(path) for path in paths]
+
+
+def _index_one(path: Path) -> Header | Finding | None:
+    named = path.suffix.lower() == ".dcm"
+    try:
+        with path.open("rb") as stream:
+            prefixed = has_prefix(stream.read(132))
+        if not prefixed and not is_dicom(path):
+            return Finding.of(path.parent.name, _misnamed(path)) if named else None
+        return read_header(path)
+    except OSError:
+        return None if not named else Finding.of(path.parent.name, _misnamed(path))
+    except ConsiliumError as error:
+        # Without the prefix it was a guess that the file is DICOM: only its name can claim it.
+        return Finding.of(path.parent.name, error) if prefixed or named else None
+
+
+def _misnamed(path: Path) -> ConsiliumError:
+    return ConsiliumError(
+        "data.truncated",
+        "The file is called .dcm and is not DICOM (its first 132 bytes are not a prefix).",
+        where=str(path),
+        hint="Copy or export it again from its source, or take it out of the folder.",
+    )
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -218,15 +313,16 @@ def _words(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(str(word) for word in value)
 
 
-def _person(dataset: Any) -> str:
+def _person(said: Mapping[str, Any]) -> str:
     """Return who the tags say the patient is; empty unless they say both name and birth date."""
-    name = "".join(filter(str.isalnum, str(dataset.get("PatientName") or ""))).casefold()
-    born = str(dataset.get("PatientBirthDate") or "").strip()
-    sex = str(dataset.get("PatientSex") or "").strip().upper()
+    name = "".join(filter(str.isalnum, str(said.get("PatientName") or ""))).casefold()
+    born = str(said.get("PatientBirthDate") or "").strip()
+    sex = str(said.get("PatientSex") or "").strip().upper()
     return f"{name}|{born}|{sex}" if name and born else ""
 
 
-def _numbers(value: Any, count: int) -> Any:
+def numbers(value: Any, count: int) -> Any:
+    """Return an element's ``count`` numbers as a tuple; None when it has another number."""
     if value is None or value == "" or len(value) != count:
         return None
     return tuple(float(number) for number in value)

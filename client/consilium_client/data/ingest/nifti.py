@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from consilium_client.data.findings import reading
 from consilium_client.data.ingest.volume import MAX_VOXELS, Array, Volume, require_finite
 from consilium_common.errors import ConsiliumError
+
+#: Bytes of a header, NIfTI-2's being the longer.
+_HEAD: Final = 540
+#: Header and extensions; real ones have some kilobytes.
+_MOST_BEFORE: Final = 2**24
+#: Eight bytes for each voxel of the largest volume, of all channels together.
+_MOST_BYTES: Final = 2**33
+#: No gzip stream unpacks to more than 1032 times its size (zlib's technical details).
+_GZIP_MOST: Final = 1032
 
 
 def read_nifti(path: Path, channel: int | None = None) -> Volume:
@@ -36,9 +47,11 @@ def read_nifti(path: Path, channel: int | None = None) -> Volume:
     import nibabel
 
     with reading(path, "NIfTI file"):
+        _check_start(path)
         image: Any = nibabel.load(path)
         shape = tuple(int(n) for n in image.shape)
         _check_shape(shape, path)
+        _check_size(image, shape, path)
         data: Any = image.dataobj
         values = np.asarray(data if len(shape) < 4 else data[..., _index(shape, channel, path)])
         affine = np.array(image.affine, dtype=np.float64)
@@ -62,6 +75,46 @@ def _plane(values: Array, affine: Any) -> Volume:
     return Volume(np.ascontiguousarray(values.T), affine[:, [1, 0, 2, 3]])
 
 
+def _check_start(path: Path) -> None:
+    """Check how much stands before the voxels: all of it would be read, or unpacked, at once."""
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+        head = stream.read(_HEAD)
+    # Where the voxels start: a float32 at 108 in NIfTI-1 (its header's size, 348, comes first in
+    # the file's byte order), an int64 at 168 in NIfTI-2 (540). Else nibabel says what is wrong.
+    for order in "<>":
+        for size, kind, at in ((348, "f", 108), (540, "q", 168)):
+            field = struct.Struct(f"{order}{kind}")
+            if head[:4] == struct.pack(f"{order}i", size) and len(head) >= at + field.size:
+                (start,) = field.unpack_from(head, at)
+                if not 0 <= start <= _MOST_BEFORE:
+                    raise _unbelievable("voxels that start beyond any header", path)
+
+
+def _check_size(image: Any, shape: tuple[int, ...], path: Path) -> None:
+    """Check that the file can hold the voxels it claims, before memory is taken for them."""
+    claimed = int(np.prod(shape, dtype=object)) * int(image.get_data_dtype().itemsize)
+    packed = path.suffix.lower() == ".gz"
+    held = path.stat().st_size * (_GZIP_MOST if packed else 1)
+    if claimed > held:
+        raise ConsiliumError(
+            "data.truncated",
+            f"The NIfTI file claims {claimed} bytes of voxels and cannot hold them.",
+            where=str(path),
+            hint="Copy or export it again from its source.",
+        )
+    if claimed > _MOST_BYTES:
+        raise _unbelievable(f"{claimed} bytes of voxels", path)
+
+
+def _unbelievable(what: str, path: Path) -> ConsiliumError:
+    return ConsiliumError(
+        "data.too-large",
+        f"The NIfTI header claims {what}.",
+        where=str(path),
+        hint="If the image is real, crop it; else export it again.",
+    )
+
+
 def _check_shape(shape: tuple[int, ...], path: Path) -> None:
     if not 2 <= len(shape) <= 4 or min(shape) < 1:
         raise ConsiliumError(
@@ -72,7 +125,7 @@ def _check_shape(shape: tuple[int, ...], path: Path) -> None:
     if np.prod([float(n) for n in shape]) > MAX_VOXELS:
         raise ConsiliumError(
             "data.too-large",
-            f"The header claims {' × '.join(str(n) for n in shape)} voxels, more than 2^31.",
+            f"The header claims {' × '.join(str(n) for n in shape)} voxels, more than 2^30.",
             where=str(path),
             hint="If the image is real, crop it; else export it again.",
         )

@@ -13,6 +13,8 @@ from consilium_client.data.ingest.volume import Volume, require_finite
 from consilium_common.errors import ConsiliumError
 
 SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
+#: Nothing else, whatever the content is: some of Pillow's formats start other programs.
+_FORMATS: Final = ("PNG", "JPEG", "TIFF", "BMP")
 #: Pillow's modes that hold one value per pixel as it was measured.
 _PLAIN: Final = frozenset({"L", "I", "F", "I;16", "I;16B", "I;16L"})
 
@@ -33,7 +35,7 @@ def read_picture(path: Path, *, mask: bool = False) -> Volume:
     with reading(path, "picture"), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path) as opened:
+            with Image.open(path, formats=_FORMATS) as opened:
                 frames = int(getattr(opened, "n_frames", 1))
                 if frames != 1:
                     raise ConsiliumError(

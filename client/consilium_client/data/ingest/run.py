@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
+from typing import Final
 
 from consilium_client.data.findings import Finding
 from consilium_client.data.ingest.cache import (
-    FORMAT,
     FolderWriter,
     Ingested,
     entry_of,
     ingested_folder,
     load_entry,
-    stamp_of,
 )
-from consilium_client.data.ingest.sources import (
-    Source,
-    Sources,
-    content_digest,
-    read_image,
-    read_label,
-)
-from consilium_client.data.ingest.volume import (
-    Array,
-    Volume,
-    as_labels,
-    canonical,
-    compact,
-    require_same_grid,
-)
+from consilium_client.data.ingest.case import Located, locate, read_case
+from consilium_client.data.ingest.readers import CaseRead, read_cases, readers_for
+from consilium_client.data.ingest.room import estimated_bytes, in_words, make_room
+from consilium_client.data.ingest.sources import Sources
 from consilium_client.data.manifest import Manifest
+from consilium_client.data.match import class_names
 from consilium_client.data.schema import Case, SiteManifest
 from consilium_client.home import SiteHome
-from consilium_common.canonical import digest
 from consilium_common.errors import ConsiliumError
 
-#: In the label column: a case with none of the classes (multi-label).
-NO_CLASS: Final = "-"
+#: From so many unread cases on, child processes read them: starting them takes half a second.
+_WORTH_CHILDREN: Final = 9
+#: Cases so small together are read here, unless they are DICOM: its decoders may crash.
+_SMALL_BYTES: Final = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -64,11 +49,13 @@ def ingest(
     *,
     sources: Sources | None = None,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> IngestOutcome:
     """Bring every case of ``manifest`` into the cache.
 
-    Defects of a case become findings; a full disk or an interruption ends the run, and the next
-    one goes on from the cases that are done.
+    More than a few cases are read by child processes, side by side. Defects of a case become
+    findings, also where a file crashes or hangs its reader; a full disk or an interruption ends
+    the run, and the next one goes on from the cases that are done.
 
     Parameters
     ----------
@@ -76,30 +63,104 @@ def ingest(
         Where an importer has already read DICOM headers.
     progress : callable, optional
         Called with (cases done, cases).
+    say : callable, optional
+        Takes one line on how much room the cache will take, before it is filled.
 
     Raises
     ------
     ConsiliumError
-        ``state.disk``, ``state.busy``.
+        ``state.disk``, ``state.quota``, ``state.busy``.
     """
     found = sources or Sources(manifest.root)
+    outcomes: dict[int, Ingested | ConsiliumError] = {}
+    unread: dict[int, _Unread] = {}
+    folder = ingested_folder(home)
+    for number, case in enumerate(manifest.cases):
+        try:
+            located = locate(manifest.site, case, found)
+            name = located.stamp(case)
+        except ConsiliumError as error:
+            outcomes[number] = error
+            continue
+        entry = load_entry(folder / name)
+        if entry is None:
+            unread[number] = _Unread(name, located)
+        else:
+            outcomes[number] = entry
+    children = 0
+    if unread:
+        needed = estimated_bytes([case.located for case in unread.values()])
+        free = make_room(home, needed, manifest.site.cache_quota_gib)
+        if say is not None:
+            say(
+                f"{len(unread)} cases to read: about {in_words(needed)} in the cache; "
+                f"{in_words(free)} are free on its disk."
+            )
+        plain = all(case.located.is_plain for case in unread.values())
+        if len(unread) >= _WORTH_CHILDREN and not (plain and needed < _SMALL_BYTES):
+            children = readers_for(len(unread))
+    with FolderWriter(folder) as writer, closing(_read(writer, unread, children)) as done:
+        if progress is not None and (outcomes or not unread):
+            progress(len(outcomes), len(manifest.cases))
+        for number, outcome in done:
+            if isinstance(outcome, CaseRead):
+                name = unread[number].name
+                writer.adopt(outcome.folder, name, outcome.size)
+                outcomes[number] = entry_of(folder / name, outcome.content)
+            else:
+                outcomes[number] = outcome
+            if progress is not None:
+                progress(len(outcomes), len(manifest.cases))
+    return _sorted_out(manifest, outcomes, unread)
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A case that is not in the cache, and the folder it will have there."""
+
+    name: str
+    located: Located
+
+
+def _read(
+    writer: FolderWriter, unread: Mapping[int, _Unread], children: int
+) -> Generator[tuple[int, CaseRead | ConsiliumError]]:
+    """Read cases in so many child processes, or here."""
+    tasks = [(number, case.located) for number, case in unread.items()]
+    if children:
+        yield from read_cases(tasks, writer.folder, readers=children)
+        return
+    for number, located in tasks:
+        try:
+            arrays, content = read_case(located)
+        except ConsiliumError as error:
+            yield number, error
+        else:
+            yield number, CaseRead(*writer.write(arrays, content), content)
+
+
+def _sorted_out(
+    manifest: Manifest,
+    outcomes: Mapping[int, Ingested | ConsiliumError],
+    unread: Mapping[int, _Unread],
+) -> IngestOutcome:
+    """Return entries and findings in the order of cases.csv."""
     entries: dict[str, Ingested] = {}
     findings: list[Finding] = []
     read = 0
-    folder = ingested_folder(home)
-    with FolderWriter(folder) as writer:
-        for number, case in enumerate(manifest.cases, start=1):
-            try:
-                entry, was_read = _ingest_case(writer, folder, manifest.site, case, found)
-                _check_label(case, manifest.site, entry)
-                entries[case.case_id] = entry
-                read += was_read
-            except ConsiliumError as error:
-                if not error.code.startswith("data."):
-                    raise
-                findings.append(Finding.of(case.case_id, error))
-            if progress is not None:
-                progress(number, len(manifest.cases))
+    for number, case in enumerate(manifest.cases):
+        outcome = outcomes[number]
+        try:
+            if isinstance(outcome, ConsiliumError):
+                raise outcome
+            _check_label(case, manifest.site, outcome)
+        except ConsiliumError as error:
+            if not error.code.startswith("data."):
+                raise
+            findings.append(Finding.of(case.case_id, error))
+        else:
+            entries[case.case_id] = outcome
+            read += number in unread
     return IngestOutcome(entries, tuple(findings), read)
 
 
@@ -137,137 +198,28 @@ def using(home: SiteHome) -> Iterator[None]:
         yield
 
 
-def classes_of(case: Case) -> tuple[str, ...]:
-    """Return the classes in the label column; several are separated by ``|`` or ``;``."""
-    if case.label == NO_CLASS:
-        return ()
-    return tuple(part.strip() for part in re.split(r"[|;]", case.label) if part.strip())
-
-
-def local_names(site: SiteManifest) -> Mapping[str, str]:
-    """Return what cases.csv may call a class (its name or its value) to the local label name."""
-    names = {str(value): name for name, value in site.labels.items()}
-    return {**names, **{name: name for name in site.labels}}
-
-
 def cached_entry(
     home: SiteHome, site: SiteManifest, case: Case, sources: Sources
 ) -> Ingested | None:
     """Return the case from the cache, or None where its files are gone or have changed."""
     try:
-        return load_entry(ingested_folder(home) / _located(site, case, sources).stamp(case))
+        return load_entry(ingested_folder(home) / locate(site, case, sources).stamp(case))
     except ConsiliumError:
         return None
-
-
-@dataclass(frozen=True)
-class _Located:
-    """The files behind one case."""
-
-    images: Mapping[str, Source]
-    label: Source | None
-    #: Values of DICOM SEG labels; None for other labels.
-    segments: Mapping[str, int] | None
-
-    def stamp(self, case: Case) -> str:
-        return stamp_of(case, self.images, self.label, self.segments)
-
-
-def _located(site: SiteManifest, case: Case, sources: Sources) -> _Located:
-    images = {name: sources.find(case.images[name]) for name in site.inputs}
-    if not case.label:
-        raise ConsiliumError(
-            "data.no-label",
-            "The image has no label.",
-            where=" and ".join(source.where for source in images.values()),
-            hint="Add its label, or leave the image out (--skip-bad does).",
-        )
-    label = sources.find(case.label) if site.label_kind == "mask" else None
-    segments = (
-        {name: int(value) for name, value in site.labels.items()}
-        if label is not None and label.kind == "dicom"
-        else None
-    )
-    return _Located(images, label, segments)
-
-
-def _ingest_case(
-    writer: FolderWriter, folder: Path, site: SiteManifest, case: Case, sources: Sources
-) -> tuple[Ingested, bool]:
-    located = _located(site, case, sources)
-    folder = folder / located.stamp(case)
-    entry = load_entry(folder)
-    if entry is not None:
-        return entry, False
-    arrays, content = _read_case(located.images, located.label, located.segments or {})
-    writer.add(folder.name, arrays, content)
-    return entry_of(folder, content), True
-
-
-def _read_case(
-    images: Mapping[str, Source], label: Source | None, segments: Mapping[str, int]
-) -> tuple[dict[str, Array], dict[str, Any]]:
-    arrays: dict[str, Array] = {}
-    first: Volume | None = None
-    first_where = ""
-    mask: Volume | None = None
-    for name, source in images.items():
-        volume, slices = read_image(source)
-        if first is None:
-            first, first_where = volume, source.where
-            if label is not None:
-                mask = read_label(label, volume, slices, segments, source.where)
-        else:
-            require_same_grid(
-                first,
-                volume,
-                what="Two channels of a case",
-                where=f"{first_where} and {source.where}",
-                hint="Register the channels to each other and resample them on one grid.",
-            )
-            # Shares of a voxel apart at most: the first channel's place holds for all.
-            volume = Volume(volume.values, first.affine, first.spacing_known)
-        arrays[f"image_{name}"] = compact(canonical(volume).values)
-    if first is None:
-        raise ValueError("a case without channels")
-    turned = canonical(first)
-    values: list[int] | None = None
-    digests = {name: content_digest(source) for name, source in images.items()}
-    segmented = dict(segments) if label is not None and label.kind == "dicom" else None
-    if mask is not None and label is not None:
-        arrays["label"] = as_labels(canonical(mask).values, label.where)
-        values = [int(value) for value in np.flatnonzero(np.bincount(arrays["label"].ravel()))]
-        digests["label"] = content_digest(label)
-    content = {
-        "shape": turned.values.shape,
-        "affine": turned.affine.tolist(),
-        "original_shape": first.values.shape,
-        "original_affine": first.affine.tolist(),
-        "spacing": turned.spacing,
-        "spacing_known": first.spacing_known,
-        "channels": list(images),
-        "label_values": values,
-        "sources": digests,
-        "content": digest({"format": FORMAT, "sources": digests, "segments": segmented}),
-    }
-    return arrays, content
 
 
 def _check_label(case: Case, site: SiteManifest, entry: Ingested) -> None:
     """Check that the label says only what site.yaml lists (where it lists anything)."""
     if not site.labels:
         return
-    if entry.label_values is not None:
-        unknown: list[Any] = sorted(set(entry.label_values) - {0, *site.labels.values()})
-        what = "The mask holds the value"
-    else:
-        known = local_names(site)
-        unknown = [name for name in classes_of(case) if name not in known]
-        what = "The label column holds"
+    if entry.label_values is None:
+        class_names(case.label, site)
+        return
+    unknown = sorted(set(entry.label_values) - {0, *site.labels.values()})
     if unknown:
         raise ConsiliumError(
             "data.label-unknown",
-            f"{what} {unknown[0]}, which site.yaml does not list.",
-            where=case.label if site.label_kind == "mask" else "cases.csv",
+            f"The mask holds the value {unknown[0]}, which site.yaml does not list.",
+            where=case.label,
             hint="Add it under `labels` in site.yaml, or correct the label.",
         )

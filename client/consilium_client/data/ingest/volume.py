@@ -16,7 +16,12 @@ Affine = npt.NDArray[np.float64]
 
 #: Patient axes of DICOM (left, posterior, superior) to those of NIfTI (right, anterior, superior).
 LPS_TO_RAS: Final[Affine] = np.diag([-1.0, -1.0, 1.0, 1.0])
-MAX_VOXELS: Final = 2**31
+#: 1024³; larger volumes do not fit into the memory of a site's machine.
+MAX_VOXELS: Final = 2**30
+#: Voxel edges in millimetres, and the box of unit axes, beyond which a header is damaged.
+_SHORTEST: Final = 1e-6
+_LONGEST: Final = 1e6
+_FLATTEST: Final = 0.05
 #: Corners of label and image may lie this far apart, as a share of the smallest voxel edge.
 _SAME_PLACE: Final = 0.05
 
@@ -127,14 +132,24 @@ def require_finite(values: Array, affine: Affine, where: str) -> None:
             where=where,
             hint="Convert the image again; if the voxels lie outside the body, set them to 0.",
         )
-    singular = not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9
-    if singular:
+    if not _spans_space(affine):
         raise ConsiliumError(
             "data.geometry",
-            "The header's geometry has an axis of no length, or one that is not a number.",
+            "The header's axes are no three directions of a length: one is missing, not a number, "
+            "or runs along another.",
             where=where,
             hint="Convert the image again from its source.",
         )
+
+
+def _spans_space(affine: Affine) -> bool:
+    """Whether the affine has three axes of some length, none of them along the others."""
+    axes = affine[:3, :3]
+    lengths = np.linalg.norm(axes, axis=0)
+    if not np.isfinite(affine).all() or not _SHORTEST < lengths.min() <= lengths.max() < _LONGEST:
+        return False
+    # The volume of the unit axes' box: 1 for right angles, .7 for a shear of 45°.
+    return bool(abs(np.linalg.det(axes / lengths)) > _FLATTEST)
 
 
 def compact(values: Array) -> Array:

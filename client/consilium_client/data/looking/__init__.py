@@ -1,0 +1,1 @@
+"""Looking at the site's own data: pictures of cases and statistics; all of it stays at the site."""
