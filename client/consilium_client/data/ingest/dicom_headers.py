@@ -13,6 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from consilium_client.data.deid.words import (
+    mentions,
+    searcher,
+    words_of_name,
+    words_of_number,
+)
 from consilium_client.data.findings import Finding, reading
 from consilium_client.data.ingest.dicom_file import (
     has_prefix,
@@ -164,11 +170,7 @@ def read_header(path: Path) -> Header | None:
             study=str(said.get("StudyInstanceUID") or ""),
             study_date=str(said.get("StudyDate") or ""),
             series_description=str(said.get("SeriesDescription") or ""),
-            scanner=" ".join(
-                word
-                for name in ("Manufacturer", "ManufacturerModelName")
-                if (word := str(said.get(name) or "").strip())
-            ),
+            scanner=_scanner(said),
             photometric=str(said.get("PhotometricInterpretation") or ""),
             burned_in=str(said.get("BurnedInAnnotation") or "").strip().upper(),
             image_type=_words(said.get("ImageType")),
@@ -311,6 +313,14 @@ def _words(value: Any) -> tuple[str, ...]:
     if not value:
         return ()
     return (value,) if isinstance(value, str) else tuple(str(word) for word in value)
+
+
+def _scanner(said: Mapping[str, Any]) -> str:
+    """Return manufacturer and model; without a text that somebody wrote the patient into."""
+    names = words_of_name(str(said.get("PatientName") or ""))
+    patient = searcher(names | words_of_number(str(said.get("PatientID") or "")))
+    texts = (str(said.get(n) or "").strip() for n in ("Manufacturer", "ManufacturerModelName"))
+    return " ".join(text for text in texts if text and not mentions(text, patient))
 
 
 def _person(said: Mapping[str, Any]) -> str:
