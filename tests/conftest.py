@@ -22,6 +22,7 @@ _REAL_IMAGES = _TESTS.parent.parent / "shared" / "data"
 _PROCESSES = ("faults", "integration")
 
 sys.path.append(str(_TESTS / "integration"))
+sys.path.append(str(_TESTS / "unit"))  # generators of images, for the tests of real processes too
 
 
 def pytest_configure() -> None:

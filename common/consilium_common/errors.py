@@ -45,7 +45,8 @@ class ConsiliumError(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
-        self.where = where
+        # A file's name may hold bytes that are no text: no terminal and no JSON takes them.
+        self.where = where.encode(errors="backslashreplace").decode()
         self.hint = hint
 
     @property

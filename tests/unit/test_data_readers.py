@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_fixtures import home_in, study, write_nifti, write_pairs
+from data_fixtures import home_in, study, write_list, write_nifti, write_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from pydicom.data import get_testdata_file
 
 from consilium_client.data.cohort import open_cohort
 from consilium_client.data.importing import ImportOptions, import_folder
@@ -297,3 +298,19 @@ def test_room_is_made_from_ended_studies_alone_the_longest_unused_first(tmp_path
         room.make_room(home, 3 * 2**20, quota)
     assert caught.value.code == "state.quota"
     assert {path.name for path in prepared.iterdir()} == {"running", "today"}
+
+
+def test_a_decoder_that_ends_its_process_costs_its_own_case_however_small_the_import(
+    tmp_path: Path,
+) -> None:
+    clean = Path(get_testdata_file("SC_rgb_jpeg.dcm")).read_bytes()
+    # A Huffman table of zeros: the decoder of JPEG calls abort() on it.
+    (tmp_path / "bad.dcm").write_bytes(clean[:1065] + bytes(85) + clean[1150:])
+    (tmp_path / "good.dcm").write_bytes(clean)
+    write_list(tmp_path, [("a", "P1", "good.dcm", "x"), ("b", "P2", "bad.dcm", "y")])
+    options = ImportOptions(skip_bad=True)
+    outcome = import_folder(home_in(tmp_path), tmp_path / "cases.csv", options)
+    assert list(outcome.entries) == ["a"]
+    (finding,) = outcome.left_out
+    assert finding.case == "b"
+    assert "died" in finding.message

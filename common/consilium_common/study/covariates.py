@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from consilium_common.errors import ConsiliumError
-from consilium_common.study.schema import NumberCovariate, Task
+from consilium_common.study.schema import CategoryCovariate, NumberCovariate, Task
 
 #: Scaled numbers are cut off here: one mistyped age must not swamp the image.
 _LARGEST: Final = 10.0
@@ -28,6 +28,15 @@ def covariate_channels(task: Task) -> int:
 def input_channels(task: Task) -> int:
     """Return the channels of what the network is given: the image's, then the covariates'."""
     return len(task.inputs) + covariate_channels(task)
+
+
+def in_words(covariate: NumberCovariate | CategoryCovariate) -> str:
+    """Say what one covariate is and how it enters the network: public facts alone."""
+    if isinstance(covariate, NumberCovariate):
+        how = f"a number; less {covariate.centre:g}, divided by {covariate.scale:g}"
+        return f"{covariate.name} ({how})"
+    *first, last = covariate.values
+    return f"{covariate.name} ({', '.join(first)} or {last})"
 
 
 def encode(task: Task, values: Mapping[str, float | str | None]) -> list[float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from consilium_common.privacy.noise import patients_needed
+from consilium_common.study.covariates import in_words
 from consilium_common.study.document import printable
 from consilium_common.study.rules import check_mechanism, check_network
 from consilium_common.study.schema import Study
@@ -197,10 +198,10 @@ def _trained(study: Study, price: Cost) -> Iterable[str]:
         f"({', '.join(task.classes)})."
     )
     if task.covariates:
-        named = ", ".join(one.name for one in task.covariates)
+        named = ", ".join(in_words(one) for one in task.covariates)
         yield (
-            f"Beside the image the network sees {count_of(len(task.covariates), 'covariate')} "
-            f"({named}), as the site's case list states them."
+            f"Beside the image the network sees {count_of(len(task.covariates), 'covariate')} as "
+            f"the site's case list states them: {named}. A value may be missing."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from consilium_client.data.ingest.cache import FORMAT, stamp_of
+from consilium_client.data.ingest.dicom_file import is_compressed
 from consilium_client.data.ingest.dicom_headers import Header
 from consilium_client.data.ingest.facts import channel_facts
 from consilium_client.data.ingest.sources import (
@@ -41,10 +42,22 @@ class Located:
     segments: Mapping[str, int] | None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether no file is DICOM, whose codecs are native code that a bad file may crash."""
-        sources = [*self.images.values(), *([self.label] if self.label else [])]
-        return all(source.kind != "dicom" for source in sources)
+    def is_dicom(self) -> bool:
+        """Whether a file is DICOM."""
+        return any(source.kind == "dicom" for source in self._sources())
+
+    @property
+    def may_crash(self) -> bool:
+        """Whether a file is compressed DICOM: some decoders end the process on a bad file."""
+        return any(
+            is_compressed(path)
+            for source in self._sources()
+            if source.kind == "dicom"
+            for path in source.files
+        )
+
+    def _sources(self) -> list[Source]:
+        return [*self.images.values(), *([self.label] if self.label else [])]
 
     def stamp(self, case: Case) -> str:
         """Return the digest of what the files are: where they lie, how long, of which time."""

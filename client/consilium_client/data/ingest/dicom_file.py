@@ -27,6 +27,7 @@ _DEFLATED: Final = "1.2.840.10008.1.2.1.99"
 _DIRECTORY: Final = "1.2.840.10008.1.3.10"
 #: Preamble, prefix and the element (0002,0000), which counts the bytes of the group behind it.
 _BEFORE_META: Final = 144
+_META_LENGTH: Final = b"\x02\x00\x00\x00UL\x04\x00"
 _VALUE_TYPES: Final = frozenset({b"UL", b"CS", b"UI", b"DA", b"TM", b"OB", b"SH", b"LO", b"DT"})
 
 
@@ -63,20 +64,32 @@ def _begins_bare(head: bytes) -> bool:
     return False
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether the file's pixels need a decoder, by its file meta information; False in doubt."""
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.uid import UID
+
+    try:
+        with quietly():
+            syntax = UID(str(read_file_meta_info(path).get("TransferSyntaxUID", "")))
+            return bool(syntax.is_encapsulated)
+    except Exception:  # reading it will say what is wrong
+        return False
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Silence pydicom while it converts values: its warnings quote the file's own text."""
     import pydicom
 
     log = logging.getLogger("pydicom")  # it says every warning a second time
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
+    was, log.disabled = log.disabled, True  # unlike a level, this costs nothing to change
     try:
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        log.disabled = was
 
 
 def open_dicom(path: Path, *, tags: Sequence[str] | None = None, last_group: int = 0xFFFF) -> Any:
@@ -110,19 +123,21 @@ def open_header(path: Path, *, tags: Sequence[str] | None, last_group: int) -> t
 
     An image whose file does not go on ends before its pixels.
     """
-    from pydicom.filereader import read_file_meta_info, read_partial
+    from pydicom.filereader import read_partial
 
     with reading(path, "DICOM file"), quietly(), path.open("rb") as stream:
         if path.stat().st_size > _MOST_BYTES:
             raise _too_large("The file is larger than any DICOM image.", path)
-        prefixed = has_prefix(stream.read(132))
-        stream.seek(0)
+        head = stream.read(_BEFORE_META)
+        prefixed = has_prefix(head)
         source: BinaryIO = stream
         if prefixed:
-            meta = read_file_meta_info(path)
-            _check_after(meta, stream, path)
-            if meta.get("TransferSyntaxUID") == _DEFLATED:
-                source = _inflated(stream, meta, path)
+            end = _end_of_meta(head, path)
+            meta = stream.read(max(0, end - _BEFORE_META))
+            _require_more(stream.read(8), path)
+            if _DEFLATED.encode() in meta:
+                source = _inflated(head + meta, stream, path)
+        stream.seek(0)
         stop = _Stop(last_group, path)
         dataset = read_partial(
             source,
@@ -163,26 +178,33 @@ class _Stop:
         return self.stopped
 
 
-def _check_after(meta: Any, stream: BinaryIO, path: Path) -> None:
+def _end_of_meta(head: bytes, path: Path) -> int:
+    """Return where the file meta information ends, which nearly every file says at its start."""
+    if head[132:140] == _META_LENGTH:
+        return _BEFORE_META + int.from_bytes(head[140:144], "little")
+    from pydicom.filereader import read_file_meta_info
+
+    length = read_file_meta_info(path).get("FileMetaInformationGroupLength")
+    return 132 if length is None else _BEFORE_META + int(length)
+
+
+def _require_more(following: bytes, path: Path) -> None:
     """Refuse a file that goes on with zeros: a copy that was begun and never filled.
 
     pydicom would take them for millions of command elements, one by one.
     """
-    length = meta.get("FileMetaInformationGroupLength")
-    stream.seek(132 if length is None else _BEFORE_META + int(length))
-    if stream.read(8) == bytes(8):
+    if following == bytes(8):
         raise ConsiliumError(
             "data.truncated",
             "The DICOM file goes on with zeros behind its first bytes.",
             where=str(path),
             hint="Copy or export it again from its source.",
         )
-    stream.seek(0)
 
 
-def _inflated(stream: BinaryIO, meta: Any, path: Path) -> BytesIO:
+def _inflated(before: bytes, stream: BinaryIO, path: Path) -> BytesIO:
     """Return the file as if it had been written without deflation (PS3.5 A.5)."""
-    head = stream.read(_BEFORE_META + int(meta.FileMetaInformationGroupLength))
+    stream.seek(len(before))
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     body = unpacker.decompress(stream.read(), _MOST_INFLATED)
     if unpacker.unconsumed_tail:
@@ -191,7 +213,7 @@ def _inflated(stream: BinaryIO, meta: Any, path: Path) -> BytesIO:
         raise zlib.error("the deflated stream ends early")
     # The plain syntax's UID in the deflated one's place, padded to its length.
     plain = _DEFLATED.removesuffix(".99").encode()
-    return BytesIO(head.replace(_DEFLATED.encode(), plain.ljust(len(_DEFLATED), b"\0")) + body)
+    return BytesIO(before.replace(_DEFLATED.encode(), plain.ljust(len(_DEFLATED), b"\0")) + body)
 
 
 def _too_large(what: str, path: Path) -> ConsiliumError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -27,7 +27,7 @@ from consilium_common.errors import ConsiliumError
 
 #: From so many unread cases on, child processes read them: starting them takes half a second.
 _WORTH_CHILDREN: Final = 9
-#: Cases so small together are read here, unless they are DICOM: its decoders may crash.
+#: Cases so small together are read here, unless they are DICOM, which takes far longer a byte.
 _SMALL_BYTES: Final = 128 * 2**20
 
 
@@ -96,9 +96,7 @@ def ingest(
                 f"{len(unread)} cases to read: about {in_words(needed)} in the cache; "
                 f"{in_words(free)} are free on its disk."
             )
-        plain = all(case.located.is_plain for case in unread.values())
-        if len(unread) >= _WORTH_CHILDREN and not (plain and needed < _SMALL_BYTES):
-            children = readers_for(len(unread))
+        children = _children_for([case.located for case in unread.values()], needed)
     with FolderWriter(folder) as writer, closing(_read(writer, unread, children)) as done:
         if progress is not None and (outcomes or not unread):
             progress(len(outcomes), len(manifest.cases))
@@ -120,6 +118,14 @@ class _Unread:
 
     name: str
     located: Located
+
+
+def _children_for(cases: Sequence[Located], needed: int) -> int:
+    """Return by how many child processes cases are read; 0: in this one."""
+    if len(cases) >= _WORTH_CHILDREN:
+        many = needed >= _SMALL_BYTES or any(case.is_dicom for case in cases)
+        return readers_for(len(cases)) if many else 0
+    return int(any(case.may_crash for case in cases))
 
 
 def _read(

@@ -1,0 +1,1 @@
+"""Images from a hospital's archive (PACS): found, fetched, checked and resumed."""
