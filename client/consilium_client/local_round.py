@@ -8,7 +8,7 @@ figures of an evaluation and the statistics go the same way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from consilium_client.budget.charging import charge_round, require_permitted
@@ -17,7 +17,7 @@ from consilium_client.faults import fault_point
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
 from consilium_client.score_query import ScoreQuery
-from consilium_client.statistics_query import CountedCase, StatisticsQuery
+from consilium_client.statistics_query import StatisticsQuery
 from consilium_client.store import Decision, StoredUpdate, StudyStore
 from consilium_client.training.evaluation import Evaluation, exact_figures, patient_scores
 from consilium_client.training.session import TrainingSession
@@ -157,15 +157,16 @@ class LocalRounds:
         ).figures
 
     def statistics(
-        self, instructions: Instructions, patients: Iterable[Sequence[CountedCase]]
+        self, instructions: Instructions, patients: Sequence[Patient]
     ) -> dict[str, float]:
         """Return the study's noised statistics: the stored ones, or newly counted ones.
 
         Parameters
         ----------
-        patients : iterable of sequence of CountedCase
-            The cases of each training patient. Read after the charge; asked again, the site sends
-            what it stored and reads nothing.
+        patients : sequence of Patient
+            The training patients: those who are counted are those who are charged. Their cases
+            are read after the charge; asked again, the site sends what it stored and reads
+            nothing.
 
         Raises
         ------
@@ -183,7 +184,7 @@ class LocalRounds:
             )
 
         def release() -> StoredUpdate:
-            figures = query.release(patients)
+            figures = query.release(patient.cases for patient in patients)
             return self._store.keep_update(
                 self._study.digest,
                 instructions.round_index,
@@ -197,7 +198,7 @@ class LocalRounds:
             instructions.round_index,
             release,
             policy=policy,
-            patients=self._patients,
+            patients=[patient.key for patient in patients],
             event=query.event,
             clip_norm=query.sensitivity,
         ).figures

@@ -172,7 +172,7 @@ class _Study:
             update = self._rounds.train(instructions, weights, progress)
             return Frame({"figures": update.figures}, update.blob)
         if kind == "query":
-            counted = [patient.cases for patient in self._cohort.patients("train")]
+            counted = self._cohort.patients("train")
             return Frame({"figures": self._rounds.statistics(instructions, counted)})
         from consilium_client.local_evaluation import evaluate
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,26 @@ from consilium_common.wire.messages import Instructions, to_server
 STUDY = counting_study()
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A patient who says when their cases are read."""
+
+    patient: Any
+    note: Callable[[], None]
+
+    @property
+    def key(self) -> str:
+        key: str = self.patient.key
+        return key
+
+    @property
+    def cases(self) -> Any:
+        self.note()
+        return self.patient.cases
+
+
 class CountingSite(RoundsAtSite):
-    """A site that is asked for statistics, and remembers how often its patients were read."""
+    """A site that is asked for statistics, and counts how often a patient was read."""
 
     def __init__(self, folder: Path, study: Study = STUDY) -> None:
         super().__init__(deciding_site(folder / "site", study), study, counted_cohort())
@@ -40,14 +59,16 @@ class CountingSite(RoundsAtSite):
         """Let a new worker take over."""
         self.rounds = RoundsAtSite(self.site, self.study, self.cohort).rounds
 
-    def cases(self) -> Iterator[Any]:
-        self.read += 1
-        for patient in self.cohort.splits["train"]:
-            yield patient.cases
+    def members(self) -> list[Any]:
+        return list(self.cohort.splits["train"])
 
-    def count(self, cohort_size: int = COHORT_SIZE) -> dict[str, float]:
-        told = Instructions(self.study.digest, 0, cohort_size)
-        return self.rounds.statistics(told, self.cases())
+    def count(self, cohort_size: int = COHORT_SIZE, number: int = 0) -> dict[str, float]:
+        told = Instructions(self.study.digest, number, cohort_size)
+        watched: list[Any] = [Watched(patient, self.note) for patient in self.members()]
+        return self.rounds.statistics(told, watched)
+
+    def note(self) -> None:
+        self.read += 1
 
     def charges(self) -> list[Charge]:
         if not self.site.home.ledger.exists():
@@ -72,21 +93,21 @@ def test_asked_again_the_site_sends_the_same_numbers_and_reads_no_patient(
 ) -> None:
     first = counting.count()
     assert counting.count() == first
-    assert counting.read == 1
+    assert counting.read == len(counting.members())
     (charge,) = counting.charges()
     assert (charge.purpose, charge.round_index, charge.state) == ("statistics", 0, "released")
     assert charge.update == digest(first)
     assert charge.clip_norm == pytest.approx(5**0.5)
     with Ledger.open(counting.site.home.ledger, site=NAME) as ledger:
         members = ledger.state.cohorts[charge.cohort]
-    assert set(members) == {patient.key for patient in counting.cohort.splits["train"]}  # type: ignore[attr-defined]
+    assert set(members) == {patient.key for patient in counting.members()}
 
 
 def test_the_numbers_are_the_exact_sums_and_charged_noise(counting: CountingSite) -> None:
     told = np.array(list(counting.count().values()))
     query = StatisticsQuery.of(STUDY)
     assert query is not None
-    exact = query.total(counting.cases())
+    exact = query.total(patient.cases for patient in counting.members())
     off = (told - exact) / query.deviation
     assert np.abs(off).min() > 0
     assert np.abs(off).max() < 8
@@ -94,14 +115,12 @@ def test_the_numbers_are_the_exact_sums_and_charged_noise(counting: CountingSite
 
 
 def test_the_charge_is_durable_before_a_patient_is_read(counting: CountingSite) -> None:
-    seen: list[list[str]] = []
-
-    def cases() -> Iterator[Any]:
-        seen.append([charge.state for charge in counting.charges()])
-        yield from ()
-
-    counting.rounds.statistics(Instructions(STUDY.digest, 0, COHORT_SIZE), cases())
-    assert seen == [["open"]]
+    seen: list[str] = []
+    counting.note = lambda: seen.extend(  # type: ignore[method-assign]
+        charge.state for charge in counting.charges()
+    )
+    counting.count()
+    assert seen == ["open"] * len(counting.members())
 
 
 @pytest.mark.parametrize("point", STATISTICS_POINTS[:6])
@@ -154,6 +173,64 @@ def test_what_the_study_does_not_have_is_neither_counted_nor_charged(tmp_path: P
     StudyStore(other.site.home).decide(STUDY, "declined", 0, "no")
     assert code_of(other.count) == "study.not-approved"
     assert counting.charges() == other.charges() == []
+
+
+@pytest.mark.parametrize("number", [-1, 1, 7])
+def test_asked_under_another_number_a_site_counts_nothing_again(
+    counting: CountingSite, number: int
+) -> None:
+    first = counting.count()
+    before = counting.read
+    assert code_of(counting.count, COHORT_SIZE, number) == "privacy.round-unknown"
+    assert counting.read == before
+    assert len(counting.charges()) == 1
+    assert counting.count() == first
+
+
+def test_whoever_is_counted_is_charged_although_the_cohort_changed_since_a_crash(
+    counting: CountingSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(name: str) -> None:
+        if name == "statistics.charged":
+            raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr(local_round, "fault_point", killed)
+        with pytest.raises(Killed):
+            counting.count()
+    counting.cohort = counted_cohort(9)
+    counting.restart()
+    first = counting.count()
+    voided, standing = counting.charges()
+    assert (voided.state, standing.state) == ("voided", "released")
+    keys = {patient.key for patient in counting.members()}
+    assert len(keys) == counting.read == 9
+    with Ledger.open(counting.site.home.ledger, site=NAME) as ledger:
+        assert set(ledger.state.cohorts[standing.cohort]) == keys
+    # Whoever comes later is in no number that left, and is not charged for it.
+    counting.cohort = counted_cohort(12)
+    counting.restart()
+    assert counting.count() == first
+    assert counting.read == 9
+    assert counting.charges() == [voided, standing]
+
+
+def test_lost_after_the_release_statistics_are_not_drawn_a_second_time(
+    counting: CountingSite,
+) -> None:
+    counting.count()
+    before = counting.read
+    (stored,) = counting.site.home.releases.glob("*-statistics.json")
+    stored.unlink()
+    assert code_of(counting.count) == "privacy.update-lost"
+    counting.site.home.studies.unlink()
+    StudyStore(counting.site.home).decide(STUDY, "approved", COHORT_SIZE, "")
+    counting.restart()
+    assert code_of(counting.count) == "privacy.update-lost"
+    assert counting.read == before
 
 
 def test_statistics_and_training_are_charged_to_the_same_patients(counting: CountingSite) -> None:
@@ -240,7 +317,7 @@ def test_an_approved_study_keeps_its_statistics_reserved_until_they_are_charged(
 
     decisions = StudyStore(counting.site.home).decisions()
     other = counting_study(["size"], name="other")
-    members = [patient.key for patient in counting.cohort.splits["train"]]  # type: ignore[attr-defined]
+    members = [patient.key for patient in counting.members()]
 
     def after(people: list[str]) -> float:
         with Ledger.open(counting.site.home.ledger, counting.site.signer, site=NAME) as ledger:

@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from consilium_client.data.ranges import parse_number
@@ -16,6 +17,12 @@ COVARIATE: Final = "covariate_"
 #: What stands for a missing value of a covariate, whatever its case.
 _MISSING: Final = frozenset({"", "n/a", "na", "nan"})
 _SHOWN: Final = 12
+_HINTS: Final = {
+    "data.no-patient": "patient_id is mandatory: without it leakage between splits and privacy per "
+    "patient cannot be checked.",
+    "data.duplicate-case": "Give each case a case_id of its own.",
+    "data.cases": "Correct these lines of the list.",
+}
 
 
 def columns_of(inputs: Sequence[str]) -> list[str]:
@@ -126,12 +133,39 @@ def parse_cases(
             problems[0][0],
             "\n".join(text for _, text in problems[:_SHOWN]) + more,
             where=where,
-            hint="patient_id is mandatory: without it leakage between splits and privacy per "
-            "patient cannot be checked."
-            if problems[0][0] == "data.no-patient"
-            else "",
+            hint=_HINTS[problems[0][0]],
         )
     return tuple(cases)
+
+
+def read_list(path: Path, what: str) -> str:
+    """Read a table that a person has written, as text.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.missing`` where there is no such file, ``data.cases`` where it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
+    except FileNotFoundError as error:
+        raise ConsiliumError(
+            "data.missing", f"The {what} does not exist.", where=str(path), hint="Check its path."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConsiliumError(
+            "data.cases",
+            f"The {what} is not UTF-8 text.",
+            where=str(path),
+            hint="Save it again as UTF-8; spreadsheets call it CSV UTF-8.",
+        ) from error
+    except OSError as error:
+        raise ConsiliumError(
+            "data.cases",
+            f"The {what} cannot be read: {error.strerror or type(error).__name__}.",
+            where=str(path),
+            hint="Name a file that this user may read.",
+        ) from error
 
 
 def _is_no_path(cell: str) -> bool:
@@ -142,7 +176,8 @@ def _is_no_path(cell: str) -> bool:
 def read_table(text: str, *, where: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Read a CSV text: its header and its rows with their line numbers, cells stripped.
 
-    A semicolon separates where the header has no comma: spreadsheets in much of Europe write it.
+    A semicolon or a tab separates where the header has no comma: spreadsheets in much of Europe
+    write the one, and text exports the other.
 
     Raises
     ------
@@ -150,7 +185,7 @@ def read_table(text: str, *, where: str) -> tuple[list[str], list[tuple[int, dic
         ``data.cases`` when it has no header, a column twice, or a row of another length.
     """
     first = text.split("\n", 1)[0]
-    delimiter = ";" if ";" in first and "," not in first else ","
+    delimiter = "," if "," in first else next((sign for sign in ";\t" if sign in first), ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[int, dict[str, str]]] = []
     header: list[str] = []
@@ -167,18 +202,30 @@ def read_table(text: str, *, where: str) -> tuple[list[str], list[tuple[int, dic
                     "data.cases",
                     f"The row has {len(values)} cells, the header {len(header)}.",
                     where=f"{where}:{reader.line_num}",
+                    hint="Put cells that hold a separator in quotes, and fill rows up to the end.",
                 )
             rows.append((reader.line_num, dict(zip(header, values, strict=True))))
     except csv.Error as error:
         raise ConsiliumError(
-            "data.cases", f"This is not CSV: {error}.", where=f"{where}:{reader.line_num}"
+            "data.cases",
+            f"This is not CSV: {error}.",
+            where=f"{where}:{reader.line_num}",
+            hint="Look for a quote that is not closed.",
         ) from error
     if not header:
-        raise ConsiliumError("data.cases", "The case list is empty.", where=where)
+        raise ConsiliumError(
+            "data.cases",
+            "The list is empty.",
+            where=where,
+            hint="Its first line names the columns, every further line is a case.",
+        )
     if len(set(header)) != len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise ConsiliumError(
-            "data.cases", f"The header has the column {twice!r} twice.", where=f"{where}:1"
+            "data.cases",
+            f"The header has the column {twice!r} twice.",
+            where=f"{where}:1",
+            hint="Rename one of them, or take it out.",
         )
     return header, rows
 
@@ -193,7 +240,7 @@ def _check_columns(
     if missing or unknown:
         parts = [f"the column {name} is missing" for name in missing]
         for name in unknown:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
             parts.append(f"unknown column {name!r}" + (f", near {near[0]}" if near else ""))
         message = "; ".join(parts)
         raise ConsiliumError(
@@ -202,7 +249,8 @@ def _check_columns(
             where=f"{where}:1",
             hint=f"The columns are {', '.join(known)}; label and split may be left out. "
             "Further channels have columns image_<name> and stand in `inputs`; covariates have "
-            "columns covariate_<name> and stand in `covariates`.",
+            "columns covariate_<name> and stand in `covariates`. An import takes any other column "
+            "with --covariate NAME=COLUMN or --label-from COLUMN; leave out what it is not to take.",
         )
 
 

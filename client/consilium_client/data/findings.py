@@ -42,6 +42,12 @@ class Finding:
     hint: str
     pictures: tuple[bytes, ...] = field(default=(), repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        # File names may hold bytes that are no text: no report takes them.
+        for name in ("case", "where"):
+            text = getattr(self, name).encode(errors="backslashreplace").decode()
+            object.__setattr__(self, name, text)
+
     @property
     def severity(self) -> Severity:
         """``error`` keeps the case out; ``warning`` wants a look."""
@@ -191,11 +197,17 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
         ) from error
     except PermissionError as error:
         raise ConsiliumError(
-            "data.missing", f"The {what} may not be read by this user.", where=str(path)
+            "data.missing",
+            f"The {what} may not be read by this user.",
+            where=str(path),
+            hint="Give this user the right to read it.",
         ) from error
     except MemoryError as error:
         raise ConsiliumError(
-            "data.too-large", f"The {what} does not fit into memory.", where=str(path)
+            "data.too-large",
+            f"The {what} does not fit into memory.",
+            where=str(path),
+            hint="Look whether its header is right; if it is, import on a machine with more memory.",
         ) from error
     except Exception as error:
         raise ConsiliumError(

@@ -42,6 +42,7 @@ RULES: Final[Mapping[str, Rule]] = {
     "data.too-large": _error("A header that claims absurd sizes would exhaust the memory."),
     "data.dimensions": _error("The wrong number of axes means another kind of image."),
     "data.not-finite": _error("One NaN in one voxel spreads through the whole network."),
+    "data.name": _error("A name that the case list cannot hold would not find its file again."),
     # --- geometry ---
     "data.missing-slices": _error(
         "Slices that are absent squeeze the anatomy: every size and every label behind the gap is "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Final
 
 import numpy as np
 
+from consilium_client.data.case_list import read_list
 from consilium_client.data.findings import reading
 from consilium_client.data.importers.base import without_suffix
 from consilium_common.errors import ConsiliumError
@@ -165,6 +165,7 @@ def mask_names(folder: Path, mask: BidsFile) -> dict[str, int | str]:
             "data.cases",
             "The table of labels needs the columns index (a whole number) and name.",
             where=str(table),
+            hint="Correct the table, or take it away: values then stand for themselves.",
         )
     named: dict[str, int | str] = {row["name"][:120]: int(row["index"]) for row in rows}
     return named if 0 in named.values() else {"background": 0, **named}
@@ -203,11 +204,19 @@ def _participants(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, s
     if not path.is_file() and not columns:
         return {}
     if not path.is_file():
-        raise ConsiliumError("data.missing", "There is no participants.tsv.", where=str(path))
+        raise ConsiliumError(
+            "data.missing",
+            "There is no participants.tsv.",
+            where=str(path),
+            hint="It holds the columns for --label-from and --covariate.",
+        )
     header, rows = _read_tsv(path)
     if "participant_id" not in header:
         raise ConsiliumError(
-            "data.cases", "participants.tsv has no column participant_id.", where=str(path)
+            "data.cases",
+            "participants.tsv has no column participant_id.",
+            where=str(path),
+            hint="BIDS needs it: sub-01 and so on.",
         )
     unknown = [name for name in columns if name not in header]
     if unknown:
@@ -254,15 +263,8 @@ def _file(path: Path, participant: str, session: str, pipeline: str = _RAW) -> B
 
 
 def _read_tsv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            lines = [
-                row for row in csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if row
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConsiliumError(
-            "data.cases", "The table cannot be read as UTF-8 text.", where=str(path)
-        ) from error
+    text = read_list(path, "table")
+    lines = [line.split("\t") for line in text.splitlines() if line]  # BIDS knows no quotes
     header = [cell.strip() for cell in lines[0]] if lines else []
     for number, row in enumerate(lines[1:], start=2):
         if len(row) != len(header):
@@ -270,6 +272,7 @@ def _read_tsv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
                 "data.cases",
                 f"The row has {len(row)} cells, the header {len(header)}.",
                 where=f"{path}:{number}",
+                hint="A BIDS table has a tab between cells, and n/a where there is no value.",
             )
     return header, [
         {name: cell.strip() for name, cell in zip(header, row, strict=True)} for row in lines[1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from consilium_client.data.case_list import COVARIATE, parse_cases, read_table
+from consilium_client.data.case_list import COVARIATE, parse_cases, read_list, read_table
 from consilium_client.data.importers.base import PICTURES, Choices, Found, is_volume
 from consilium_client.data.importers.named_masks import segment_names
 from consilium_client.data.schema import UNNAMED_INPUT
@@ -60,7 +60,7 @@ class CsvImporter:
                 hint="The columns are case_id, patient_id, image, label and, if wanted, split.",
             )
         path = lists[0]
-        text = _text(path)
+        text = read_list(path, "case list")
         header, _ = read_table(text, where=str(path))
         renamed = self._renamed(header, path)
         columns = [renamed.get(name, name) for name in header]
@@ -70,7 +70,12 @@ class CsvImporter:
         inputs = (UNNAMED_INPUT, *further)
         cases = parse_cases(text, inputs, where=str(path), covariates=covariates, renamed=renamed)
         if not cases:
-            raise ConsiliumError("data.cases", "The case list has no cases.", where=str(path))
+            raise ConsiliumError(
+                "data.cases",
+                "The case list has no cases.",
+                where=str(path),
+                hint="Write a line for each case below the names of the columns.",
+            )
         files = _label_files([case.label for case in cases if case.label], path.parent)
         names = None if files is None else segment_names(files)
         return Found(
@@ -125,21 +130,9 @@ def _lists(folder: Path) -> list[Path]:
     found = []
     for path in sorted(folder.glob("*.csv")):
         try:
-            header, _ = read_table(_text(path).split("\n", 1)[0], where=str(path))
+            header, _ = read_table(read_list(path, "case list").split("\n", 1)[0], where=str(path))
         except ConsiliumError:
             continue
         if set(header) >= _NEEDED:
             found.append(path)
     return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConsiliumError(
-            "data.cases",
-            "The case list cannot be read as UTF-8 text.",
-            where=str(path),
-            hint="Save it as CSV in UTF-8.",
-        ) from error

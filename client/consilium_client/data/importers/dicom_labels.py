@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
 
-from consilium_client.data.case_list import read_table
+from consilium_client.data.case_list import read_list, read_table
 from consilium_client.data.findings import Finding
 from consilium_client.data.importers.base import Choices, is_volume
 from consilium_client.data.importers.dicom_tags import parse_tag, tag_values
@@ -146,19 +146,14 @@ def _class_table(path: Path) -> Mapping[tuple[str, str], str]:
     """Read labels.csv: (key column, key) to class; empty where there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConsiliumError(
-            "data.cases", f"{LABELS_FILE} cannot be read as UTF-8 text.", where=str(path)
-        ) from error
-    header, rows = read_table(text, where=str(path))
+    header, rows = read_table(read_list(path, "list of labels"), where=str(path))
     key = next((name for name in _KEYS if name in header), None)
     if key is None or "label" not in header:
         raise ConsiliumError(
             "data.cases",
             f"{LABELS_FILE} needs the column label and one of {', '.join(_KEYS)}.",
             where=f"{path}:1",
+            hint="Name the columns so, or take the file out of the folder.",
         )
     return {(key, row[key]): row["label"] for _, row in rows if row[key]}
 
