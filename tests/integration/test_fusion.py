@@ -1,10 +1,12 @@
-"""Images and facts beside them over real processes: a private study of two sites, counted first."""
+"""A private fusion study over real processes: counted, trained, stored, audited, as declared."""
 
 from __future__ import annotations
 
 import csv
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from data_fixtures import write_list, write_nifti, write_slices
 from federation import PRIVATE, Federation, Site, consilium, small_study
 from pydicom.uid import generate_uid
 
+from consilium_common.ledger.state import Charge
 from consilium_common.ledger.store import Ledger
 from consilium_common.privacy.accounting import epsilon_of, parameters
 from consilium_common.study import Study
 from consilium_common.study.statistics import tables
+from consilium_server.home import ServerHome
 
 NORTH, SOUTH = "fusion-north", "fusion-south"
 PATIENTS = 6
@@ -52,7 +56,7 @@ STUDY: dict[str, Any] = {
         },
     },
     "training": {"loss": "bce", "steps_per_round": 2},
-    "statistics": {"epsilon": 1.0, "of": ["classes", "size"]},
+    "statistics": {"epsilon": 1.0, "of": ["classes", "intensity", "spacing", "size"]},
 }
 
 
@@ -190,25 +194,33 @@ def test_a_private_fusion_study_trains_on_two_channels_and_covariates_to_its_end
         assert results["decisions"] == 4
 
 
-def test_its_statistics_count_several_classes_of_one_patient(
+def test_its_statistics_arrive_with_noise_on_every_number(
     federation: Federation, fused: dict[str, Any]
 ) -> None:
     found = federation.study("stats", fused["digest"]).data
     assert found["public"]["cohorts"] == {NORTH: 4, SOUTH: 4}
+    assert found["asked"] == STUDY["statistics"]
     statistics = found["statistics"]
+    assert statistics == fused["statistics"]
     assert (statistics["sites"], statistics["dropped"]) == ([NORTH, SOUTH], {})
     wanted = tables(Study.model_validate(STUDY))
-    assert [one["name"] for one in statistics["tables"]] == ["classes", "size"]
-    for one, table, expected in zip(
-        statistics["tables"],
-        wanted,
-        ({"oedema": 0.5, "effusion": 0.5}, {"below 4,096": 1}),
-        strict=True,
-    ):
-        assert [row["bin"] for row in one["bins"]] == list(table.bins)
-        for row in one["bins"]:
+    shown = {one["name"]: one for one in statistics["tables"]}
+    assert list(shown) == [table.name for table in wanted]
+    for table in wanted:
+        assert [row["bin"] for row in shown[table.name]["bins"]] == list(table.bins)
+    # What four training patients of each site have; the sites declare all of them.
+    for name, expected in {
+        "classes": {"oedema": 0.5, "effusion": 0.5},  # one patient has both, one has neither
+        "spacing.smallest": {"0.5 to 1 mm": 0.5, "1 to 2 mm": 0.5},
+        "spacing.largest": {"2 to 4 mm": 0.5, "1 to 2 mm": 0.5},
+        "size": {"below 4,096": 1.0},
+    }.items():
+        for row in shown[name]["bins"]:
             off = row["share"] - expected.get(row["bin"], 0)
-            assert 0 < abs(off) < 6 * one["standard_error"]  # noise on every one
+            assert 0 < abs(off) < 6 * shown[name]["standard_error"]
+    intensity = shown["intensity"]
+    spread = intensity["standard_error"] * len(intensity["bins"]) ** 0.5
+    assert abs(sum(row["share"] for row in intensity["bins"]) - 1) < 6 * spread
 
 
 def test_both_sites_charge_the_statistics_first_and_what_is_left_is_what_was_charged(
@@ -221,9 +233,12 @@ def test_both_sites_charge_the_statistics_first_and_what_is_left_is_what_was_cha
     for site in sites.values():
         with Ledger.open(site.home / "ledger.db") as ledger:
             charges = list(ledger.state.charges.values())
-            charged = [(one.purpose, one.round_index, one.state) for one in charges]
-            assert {len(ledger.state.cohorts[one.cohort]) for one in charges} == {4}
-        assert charged == [
+            # The same four patients, whatever they are charged for.
+            (cohort,) = {one.cohort for one in charges}
+            assert len(ledger.state.cohorts[cohort]) == 4
+        assert charges[0].event == plan.statistics_event
+        assert charges[0].clip_norm == plan.statistics_sensitivity
+        assert [(one.purpose, one.round_index, one.state) for one in charges] == [
             ("statistics", 0, "released"),
             ("training", 0, "released"),
             ("training", 1, "released"),
@@ -248,3 +263,32 @@ def test_an_audit_of_the_fusion_study_finds_it_as_declared(
     assert (found["rounds"], found["statistics"], found["released"]) == (2, 1, 3)
     assert found["as_declared"] is True
     assert [one for one in report["reconciliation"]["differences"] if one["serious"]] == []
+
+
+def test_asked_again_sites_answer_from_the_store_without_a_charge(
+    federation: Federation, sites: dict[str, Site], fused: dict[str, Any]
+) -> None:
+    digest = fused["digest"]
+    charged = {name: charges_of(site) for name, site in sites.items()}
+    _forget(federation, digest)
+    federation.study("run", digest).data  # noqa: B018
+    again = federation.study("watch", digest).data
+    assert again["statistics"] == fused["statistics"]
+    assert again["alarms"] == []  # no site sent other numbers than before
+    assert {name: charges_of(site) for name, site in sites.items()} == charged
+
+
+def charges_of(site: Site) -> list[Charge]:
+    """Return all charges, from the site's ledger as it lies there."""
+    with Ledger.open(site.home / "ledger.db") as ledger:
+        return list(ledger.state.charges.values())
+
+
+def _forget(federation: Federation, digest: str) -> None:
+    """Let the aggregator lose all that a study's run has left there, as after a bad restore."""
+    home = ServerHome.existing(federation.home)
+    (home.study_folder(digest) / "checkpoint.safetensors").unlink()
+    with closing(sqlite3.connect(home.database, timeout=20)) as database, database:
+        for table in ("statistics", "evaluations", "rounds"):
+            database.execute(f"DELETE FROM {table} WHERE digest = ?", (digest,))
+        database.execute("UPDATE studies SET state = 'stopped' WHERE digest = ?", (digest,))

@@ -24,7 +24,7 @@ from data_fixtures import write_list, write_seg, write_slices
 from deid_samples import GIVEN, NAME, SURNAME, holds, identity_everywhere
 from federation import CONSILIUM, PRIVATE, Federation, Site, environment, small_study
 
-from consilium_client.data.deid.elements import silent
+from consilium_client.data.ingest.dicom_file import quietly
 
 #: Stands in names of folders and files only. Messages at the site may name files.
 PATH_WORD = "Grubelnixe"
@@ -63,7 +63,7 @@ def write_dicom(folder: Path) -> Path:
         place = folder / f"{PATH_WORD}{number}"
         slices = write_slices(place / "ct", values, patient=f"{NUMBER}-{number}")
         write_seg(place / "seg.dcm", slices, mask, "liver")
-        with silent():
+        with quietly():
             for path in (*slices, place / "seg.dcm"):
                 dataset = pydicom.dcmread(path)
                 geometry = {word: dataset.get(word) for word in ("RescaleType", "SegmentLabel")}

@@ -12,7 +12,7 @@ from data_fixtures import write_slices
 from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset
 
-from consilium_client.data.deid.elements import silent
+from consilium_client.data.ingest.dicom_file import quietly
 
 #: Words found nowhere else: whatever holds one of them has it from the patient.
 SURNAME = "Quellenzwirbel"
@@ -62,7 +62,7 @@ def planted_series(folder: Path, *, count: int = 3, patient: str = NUMBER) -> li
     """Write a small CT series whose every text names the patient."""
     values = np.random.default_rng(3).integers(-1000, 1000, (12, 10, count))
     paths = write_slices(folder, values.astype(float), patient=patient)
-    with silent():
+    with quietly():
         for path in paths:
             dataset = pydicom.dcmread(path)
             identity_everywhere(dataset)

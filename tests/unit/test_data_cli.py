@@ -65,7 +65,7 @@ def test_an_import_takes_classes_by_range_and_covariates_from_columns(tmp_path: 
     ranges = ("--label", "young=<40", "--label", "old=>=65")
     status, _, err = call(tmp_path, "import", str(folder), *taken, *ranges)
     assert status == 0, err
-    assert "Covariate kg: numbers, missing in 1 cases." in err
+    assert "Covariate kg: numbers, missing in 1 case." in err
     site = (tmp_path / "home" / "data" / "site.yaml").read_text()
     assert 'old: ">=65"' in site and 'covariates: ["kg"]' in site
     assert "31" in (tmp_path / "home" / "data" / "cases.csv").read_text()

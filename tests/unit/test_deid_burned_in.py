@@ -14,10 +14,11 @@ from data_fixtures import write_slices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 from consilium_client.data.deid.burned_in import burned_in_findings, burned_in_suspects
 from consilium_client.data.deid.text_regions import text_regions
-from consilium_client.data.ingest.dicom_headers import Header, read_header
+from consilium_client.data.ingest.dicom_headers import Header, index_files, read_header
 
 
 def headers_of(paths: list[Path]) -> list[Header]:
@@ -131,3 +132,15 @@ def test_rates_on_real_images() -> None:
             continue  # Two or three letters fit: measured, and not promised.
         seen = sum(bool(text_regions(with_text(plane, random, 14))) for plane in planes)
         assert seen >= 0.85 * len(planes), group
+
+
+def test_a_decoder_that_ends_its_process_does_not_end_the_search(tmp_path: Path) -> None:
+    clean = Path(get_testdata_file("SC_rgb_jpeg.dcm")).read_bytes()
+    (tmp_path / "bad.dcm").write_bytes(clean[:1065] + bytes(85) + clean[1150:])
+    (tmp_path / "good.dcm").write_bytes(clean)
+    headers, findings = index_files([tmp_path / "bad.dcm", tmp_path / "good.dcm"])
+    assert not findings
+    found = burned_in_findings(headers, names={})
+    # Both are secondary captures; of the damaged one there is nothing to show.
+    assert [finding.code for finding in found] == ["deid.burned-in"]
+    assert len(found[0].pictures) == 1

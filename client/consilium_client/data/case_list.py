@@ -250,7 +250,7 @@ def _check_columns(
             hint=f"The columns are {', '.join(known)}; label and split may be left out. "
             "Further channels have columns image_<name> and stand in `inputs`; covariates have "
             "columns covariate_<name> and stand in `covariates`. An import takes any other column "
-            "with --covariate NAME=COLUMN or --label-from COLUMN; leave out what it is not to take.",
+            "with --covariate NAME=COLUMN or --label-from COLUMN; remove the others.",
         )
 
 

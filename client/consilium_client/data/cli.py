@@ -17,6 +17,7 @@ from consilium_client.data.terminal import HERE, Home, progress_shown
 from consilium_client.home import SiteHome
 from consilium_common.console import command, err, note, result
 from consilium_common.errors import WARNINGS_ONLY, ConsiliumError
+from consilium_common.report.wording import plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,12 +133,13 @@ def import_(
         from consilium_client.data.findings import findings_table
 
         err().print(findings_table(outcome.left_out))
-        note(f"Left out {len(outcome.left_out)} cases that cannot be used (--skip-bad).")
+        note(f"Left out {plural(len(outcome.left_out), 'case')} that cannot be used (--skip-bad).")
     counts = outcome.counts()
     where = opened.data / "site.yaml"
     result(
         {**_summary(outcome), "manifest": str(where)},
-        f"{counts['cases']} cases of {counts['patients']} patients; {counts['read']} read now. "
+        f"{plural(counts['cases'], 'case')} of {plural(counts['patients'], 'patient')}; "
+        f"{counts['read']} read now. "
         f"Patients: {counts['patients_train']} to train, {counts['patients_validation']} to "
         f"validate, {counts['patients_test']} to test.\nThe manifest is {where}.",
     )
@@ -155,12 +157,15 @@ def list_(home: Home = HERE) -> None:
     imported, prepared = cache_sizes(opened)
 
     def people(console: Console) -> None:
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        table = Table()
-        for column in ("case", "patient", "split", "voxels", "spacing (mm)", "label"):
-            table.add_column(column, overflow="fold")
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("case", overflow="fold", ratio=1)
+        for column in ("patient", "split", "voxels", "spacing (mm)"):
+            table.add_column(column, no_wrap=True)
+        table.add_column("label", overflow="fold", ratio=1)
         for row in rows:
             shape = " × ".join(str(n) for n in row["shape"] or ())
             spacing = " × ".join(f"{n:.3g}" for n in row["spacing"] or ())

@@ -11,15 +11,23 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from consilium_client.data.case_list import read_table
-from consilium_client.data.importers.base import Choices, Found, input_name, unique_inputs
+from consilium_client.data.case_list import read_list, read_table
+from consilium_client.data.importers.base import (
+    NO_PATIENTS,
+    Choices,
+    Found,
+    input_name,
+    unique_inputs,
+)
 from consilium_client.data.ingest.run import IngestOutcome
 from consilium_client.data.manifest import Manifest
 from consilium_client.data.match import class_names, written_classes
 from consilium_client.data.ranges import parse_number
 from consilium_client.data.schema import Case, SiteManifest, SplitFractions
+from consilium_client.data.site_file import explain
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
+from consilium_common.report.wording import plural
 
 #: So many different numbers in the label column are measurements rather than classes.
 _MANY_NUMBERS: Final = 10
@@ -42,7 +50,7 @@ class ImportOptions(Choices):
     replace : bool
         Permit another root than the manifest's.
     patients : Path, optional
-        CSV with case_id and patient_id, for layouts that name no patients.
+        CSV with case_id and patient_id of every case, for layouts that name no patients.
     """
 
     format: str | None = None
@@ -63,7 +71,7 @@ def draft_manifest(
     ------
     ConsiliumError
         ``data.other-root`` for another folder than before without ``replace``,
-        ``data.duplicate-case``, ``data.cases`` for the list of patients, ``usage.inputs`` and
+        ``data.duplicate-case``; as for the list of patients; ``usage.inputs`` and
         ``usage.manifest``.
     """
     same = old is not None and old.root == found.root
@@ -77,7 +85,7 @@ def draft_manifest(
     before = old.site if old is not None and same else None
     inputs = _inputs(found, options, before)
     rename = dict(zip(found.inputs, inputs, strict=True))
-    patients = _patients(options.patients)
+    patients = _patients(options.patients, found)
     known = {case.case_id: case for case in old.cases} if old is not None and same else {}
     covariates = _covariates(found, before)
     cases = tuple(
@@ -152,11 +160,11 @@ def _site(
         return SiteManifest.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
         raise ConsiliumError(
             "usage.manifest",
-            f"site.yaml would not be valid: {place} {first['msg'].removeprefix('Value error, ')}",
-            hint="Names are lower case letters, digits, - _ and . (masks: --label NAME=NUMBER).",
+            f"site.yaml would not be valid: {explain(first)}.",
+            hint="Say it otherwise: --site NAME, --input NAME, --covariate NAME=COLUMN, --label "
+            "NAME=VALUE (for masks a number).",
         ) from error
 
 
@@ -220,7 +228,9 @@ def notes_on(manifest: Manifest) -> tuple[str, ...]:
         present = [value for value in values if value is not None]
         kind = "words" if any(isinstance(value, str) for value in present) else "numbers"
         lack = len(values) - len(present)
-        notes.append(f"Covariate {name}: {kind}" + (f", missing in {lack} cases." if lack else "."))
+        notes.append(
+            f"Covariate {name}: {kind}" + (f", missing in {plural(lack, 'case')}." if lack else ".")
+        )
     return tuple(notes)
 
 
@@ -236,23 +246,47 @@ def with_value_names(manifest: Manifest, outcome: IngestOutcome) -> Manifest:
     return Manifest(site, manifest.cases, manifest.root)
 
 
-def _patients(path: Path | None) -> dict[str, str]:
+def _patients(path: Path | None, found: Found) -> dict[str, str]:
+    """Read the list of patients: case_id to patient_id.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.missing``, ``data.cases`` or ``data.duplicate-case`` for the list itself;
+        ``data.no-patient`` where it lacks a case whose patient nothing else tells.
+    """
     if path is None:
         return {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConsiliumError(
-            "data.cases", "The list of patients cannot be read as UTF-8 text.", where=str(path)
-        ) from error
-    header, rows = read_table(text, where=str(path))
+    header, rows = read_table(read_list(path, "list of patients"), where=str(path))
     if not {"case_id", "patient_id"} <= set(header):
         raise ConsiliumError(
             "data.cases",
             "The list of patients needs the columns case_id and patient_id.",
             where=f"{path}:1",
+            hint="Name them so in its first line.",
         )
-    return {row["case_id"]: row["patient_id"] for _, row in rows if row["patient_id"]}
+    patients: dict[str, str] = {}
+    for line, row in rows:
+        if (
+            row["patient_id"]
+            and patients.setdefault(row["case_id"], row["patient_id"]) != (row["patient_id"])
+        ):
+            raise ConsiliumError(
+                "data.duplicate-case",
+                "The list of patients gives one case to two patients.",
+                where=f"{path}:{line}",
+                hint="Keep the line that is right.",
+            )
+    lacking = [case.case_id for case in found.cases if case.case_id not in patients]
+    if lacking and NO_PATIENTS in found.notes:
+        raise ConsiliumError(
+            "data.no-patient",
+            f"The list of patients does not name the patient of {plural(len(lacking), 'case')}.",
+            where=f"{path}: case {lacking[0]}" + (" and others" if len(lacking) > 1 else ""),
+            hint="Give every case a line, in the spelling of case_id: one that is left out would "
+            "count as a patient of its own.",
+        )
+    return patients
 
 
 def _site_name(home: SiteHome) -> str:

@@ -207,7 +207,7 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
             "data.too-large",
             f"The {what} does not fit into memory.",
             where=str(path),
-            hint="Look whether its header is right; if it is, import on a machine with more memory.",
+            hint="Look whether its header is right; if so, import on a machine with more memory.",
         ) from error
     except Exception as error:
         raise ConsiliumError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from consilium_client.data.doctor.page import Subject, render_page
 from consilium_client.data.drafting import ImportOptions, draft_manifest, notes_on, with_value_names
 from consilium_client.data.findings import Finding, error_of, write_report
 from consilium_client.data.importers import choose_importer, importers
+from consilium_client.data.importers.base import NO_PATIENTS, Found, closed_folders, listing
 from consilium_client.data.ingest.cache import (
     Ingested,
     cache_folder,
@@ -119,13 +120,10 @@ def import_folder(
     folder = folder.expanduser().resolve()
     with writing(home):
         old = existing_manifest(home)
-        known = importers(options, progress=_named(progress, "index"))
-        importer, reason = choose_importer(folder, known, options.format, options)
-        if say is not None:
-            say(reason)
-        found = importer.cases(folder)
+        found = _found(folder, options, progress, say)
         manifest = draft_manifest(home, found, options, old)
-        notes = (*found.notes, *notes_on(manifest))
+        told = set() if options.patients is None else {NO_PATIENTS}
+        notes = (*(note for note in found.notes if note not in told), *notes_on(manifest))
         if say is not None:
             for line in notes:
                 say(line)
@@ -150,6 +148,35 @@ def import_folder(
         save_manifest(home, manifest)
         forget_others(home, outcome.entries)
     return DataOutcome(manifest, outcome.entries, splits, outcome.read, findings, notes)
+
+
+def _found(
+    folder: Path,
+    options: ImportOptions,
+    progress: Progress | None,
+    say: Callable[[str], None] | None,
+) -> Found:
+    """Return what the folder's importer finds; folders that may not be read are findings too."""
+    with listing(folder):
+        known = importers(options, progress=_named(progress, "index"))
+        importer, reason = choose_importer(folder, known, options.format, options)
+        if say is not None:
+            say(reason)
+        closed = closed_folders(folder) if folder.is_dir() and importer.name != "csv" else []
+        if closed and not options.skip_bad:
+            raise DataProblemsError(_closed(closed), tuple(closed))
+        found = importer.cases(folder)
+    return replace(found, findings=(*closed, *found.findings))
+
+
+def _closed(findings: Sequence[Finding]) -> ConsiliumError:
+    first, more = findings[0], len(findings) - 1
+    return ConsiliumError(
+        first.code,
+        first.message if not more else f"{len(findings)} folders may not be read by this user.",
+        where=first.where + (f" and {more} more" if more else ""),
+        hint=first.hint,
+    )
 
 
 def check_data(

@@ -45,10 +45,15 @@ def parse_site(text: str, *, where: str) -> SiteManifest:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         lines = [_line(node, problem["loc"]) for problem in problems]
         message = "\n".join(
-            f"line {line}: {_explain(problem)}"
+            f"line {line}: {explain(problem)}"
             for line, problem in zip(lines, problems, strict=True)
         )
-        raise ConsiliumError("data.manifest", message, where=f"{where}:{lines[0]}") from error
+        raise ConsiliumError(
+            "data.manifest",
+            message,
+            where=f"{where}:{lines[0]}",
+            hint="Correct it; the comments in the file say what it may hold.",
+        ) from error
 
 
 def _check_duplicates(node: Any, where: str) -> None:
@@ -65,12 +70,15 @@ def _check_duplicates(node: Any, where: str) -> None:
         _check_duplicates(value, where)
 
 
-def _explain(problem: Any) -> str:
+def explain(problem: Any) -> str:
+    """Say in words what pydantic found wrong with one place of site.yaml."""
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         names = [field.alias or name for name, field in SiteManifest.model_fields.items()]
         near = difflib.get_close_matches(str(problem["loc"][-1]), names, 1)
         return f"unknown key {path}" + (f"; did you mean {near[0]}?" if near else "")
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{path} is not a name: lower case letters, digits and -_. make one"
     text = str(problem["msg"]).removeprefix("Value error, ")
     return f"{path}: {text}" if path else text
 

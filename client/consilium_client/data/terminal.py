@@ -53,7 +53,11 @@ def progress_shown() -> Iterator[tuple[Callable[[str, int, int], None], Callable
         Rate(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=err(), transient=True) as bars:
+    console = err()
+    # Where nobody watches (a log, a pipe) the bar would leave nothing but an empty line.
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
         tasks: dict[str, Any] = {}
 
         def advance(what: str, done: int, total: int) -> None:

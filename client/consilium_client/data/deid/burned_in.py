@@ -10,11 +10,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from consilium_client.data.deid.elements import silent
-from consilium_client.data.deid.parallel import spread
 from consilium_client.data.deid.text_regions import Region, text_regions
 from consilium_client.data.findings import Finding
+from consilium_client.data.ingest.dicom_file import is_compressed
 from consilium_client.data.ingest.dicom_headers import Header
+from consilium_client.data.ingest.pixels import stored_frame
+from consilium_client.data.parallel import spread
+from consilium_common.errors import ConsiliumError
 
 #: Devices that write the patient into the picture by habit.
 _WRITERS: Final = frozenset({"US", "IVUS", "ES", "XC", "GM", "ECG", "OPT"})
@@ -67,13 +69,11 @@ def burned_in_suspects(headers: Sequence[Header]) -> tuple[Suspect, ...]:
         else:
             singles.append(header)
     looks = [header for group in groups.values() for header in _some(group)]
-    seen = dict(
-        zip(
-            (header.path for header in (*singles, *looks)),
-            spread(_look, (*singles, *looks)),
-            strict=True,
-        )
-    )
+    looked_at = (*singles, *looks)
+    # Some decoders end their process on a damaged file; the reader of images will name it.
+    risky = any(is_compressed(header.path) for header in looked_at)
+    found = spread(_look, looked_at, otherwise=_unseen if risky else None)
+    seen = dict(zip((header.path for header in looked_at), found, strict=True))
     suspects: list[Suspect] = []
     for header in singles:
         reason = _rule(header)
@@ -194,14 +194,15 @@ def _look(header: Header) -> tuple[tuple[Region, ...], bytes]:
     return regions, picture_png(_around(plane, regions), 256)
 
 
+def _unseen(_: Header) -> tuple[tuple[Region, ...], bytes]:
+    return (), b""
+
+
 def _plane(header: Header) -> npt.NDArray[Any] | None:
     """Read one frame as grey values; None where it cannot be decoded."""
     try:
-        with silent():
-            from pydicom.pixels import pixel_array
-
-            values = pixel_array(header.path, index=header.frames // 2, raw=True)
-    except Exception:
+        values = stored_frame(header.path, header.frames // 2)
+    except ConsiliumError:
         # No decoder, or damaged pixels: the reader of images says so, and names the rule.
         return None
     plane = np.asarray(values, dtype=np.float32)

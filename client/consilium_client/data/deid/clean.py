@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any, Final
 
-from consilium_client.data.deid.elements import Found, silent, walk
+from consilium_client.data.deid.elements import Found, walk
 from consilium_client.data.deid.exposure import examine, patient_words
 from consilium_client.data.deid.profile import (
     BASIC,
@@ -24,6 +24,7 @@ from consilium_client.data.deid.profile import (
     is_date,
 )
 from consilium_client.data.deid.words import looks_like, mentions, searcher
+from consilium_client.data.ingest.dicom_file import quietly
 from consilium_client.data.split import PatientKey
 from consilium_common.errors import ConsiliumError
 
@@ -118,7 +119,7 @@ def clean_dataset(dataset: Any, key: PatientKey, rules: Rules) -> Counter[str]:
             "The DICOM file has no PatientID: its pseudonym cannot be made.",
             hint="Write the PatientID at its source, and export the file again.",
         )
-    with silent():
+    with quietly():
         return _clean(dataset, key, rules, patient)
 
 

@@ -18,16 +18,17 @@ from typing import Any, BinaryIO, Final
 from consilium_client.data.deid.burned_in import Suspect, burned_in_suspects
 from consilium_client.data.deid.check import in_name
 from consilium_client.data.deid.clean import Rules, clean_dataset
-from consilium_client.data.deid.elements import read_dataset, silent
+from consilium_client.data.deid.elements import read_dataset
 from consilium_client.data.deid.exposure import examine_file
 from consilium_client.data.deid.file_names import clean_name
 from consilium_client.data.deid.journal import Journal, Record
 from consilium_client.data.deid.nifti_text import is_nifti, telling_fields, write_clean
-from consilium_client.data.deid.parallel import spread
 from consilium_client.data.deid.words import searcher, words_of_name, words_of_number
 from consilium_client.data.findings import Finding
+from consilium_client.data.ingest.dicom_file import quietly
 from consilium_client.data.ingest.dicom_headers import Header, files_below, index_files
 from consilium_client.data.manifest import existing_manifest
+from consilium_client.data.parallel import spread
 from consilium_client.data.split import PatientKey, open_patient_key
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
@@ -191,7 +192,7 @@ def _copy_dicom(source: Path, out: Path, key: PatientKey, rules: Rules) -> Recor
     )
 
     def write(stream: BinaryIO) -> None:
-        with silent():
+        with quietly():
             dataset.save_as(stream, enforce_file_format=True)
 
     def check(written: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from consilium_client.data.findings import reading
+from consilium_client.data.ingest.dicom_file import open_dicom, quietly
 from consilium_common.errors import ConsiliumError
 
 #: Values longer than this stay on the disk unless they are asked for: pixels, mostly.
@@ -83,26 +81,6 @@ def _joined(value: Any) -> str:
     return "\\".join(str(part) for part in value) if several else str(value)
 
 
-@contextmanager
-def silent() -> Iterator[None]:
-    """Keep pydicom from quoting a value that it finds odd: the value may be a patient's name."""
-    import pydicom.config
-
-    settings = pydicom.config.settings
-    before = settings.reading_validation_mode, settings.writing_validation_mode
-    log = logging.getLogger("pydicom")
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    settings.reading_validation_mode = settings.writing_validation_mode = pydicom.config.IGNORE
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        settings.reading_validation_mode, settings.writing_validation_mode = before
-        log.setLevel(level)
-
-
 def read_dataset(path: Path, *, pixels: bool) -> Any:
     """Read a DICOM file to its very end: what follows the pixels may name a patient too.
 
@@ -118,7 +96,8 @@ def read_dataset(path: Path, *, pixels: bool) -> Any:
     """
     import pydicom
 
-    with reading(path, "DICOM file"), silent():
+    open_dicom(path, tags=("SOPClassUID",), last_group=0x0008)  # keeps to the bounds, or says so
+    with reading(path, "DICOM file"), quietly():
         # Old files without a prefix are DICOM too; the caller has made sure.
         dataset = pydicom.dcmread(path, defer_size=None if pixels else _LONG, force=True)
         _require_whole(dataset, path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from consilium_client.data.deid.elements import Found, read_dataset, silent, walk
+from consilium_client.data.deid.elements import Found, read_dataset, walk
 from consilium_client.data.deid.profile import (
     BASIC,
     DIRECT,
@@ -30,6 +30,7 @@ from consilium_client.data.deid.words import (
     words_of_name,
     words_of_number,
 )
+from consilium_client.data.ingest.dicom_file import quietly
 
 _FREE_TEXT: Final = frozenset({"AE", "LO", "LT", "PN", "SH", "ST", "UC", "UN", "UT", "OB"})
 #: A pseudonym is not a bare number: that is what a hospital's record number looks like.
@@ -75,7 +76,7 @@ def examine_file(path: Path) -> Exposure:
         ``data.truncated``, ``data.missing``, ``data.too-large`` or ``data.format``.
     """
     dataset = read_dataset(path, pixels=False)
-    with silent():
+    with quietly():
         return examine(dataset)
 
 

@@ -40,7 +40,7 @@ def doctor(
     opened = SiteHome.existing(home)
     with progress_shown() as (progress, _):
         found = visit(opened, study=study, fix=fix, progress=progress)
-    if found.findings:
+    if len(found.findings) > 1 or (found.error is None and found.findings):
         err().print(findings_table(found.findings))
     if found.error is not None:
         for part in found.parts:

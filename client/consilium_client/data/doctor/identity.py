@@ -129,7 +129,7 @@ def _batches(new: Sequence[_Files]) -> Iterator[list[_Files]]:
 
 def _scanned(new: Sequence[_Files], root: Path, key: PatientKey) -> dict[str, Remembered]:
     from consilium_client.data.deid.check import identity_findings
-    from consilium_client.data.deid.parallel import spread
+    from consilium_client.data.parallel import spread
 
     names = {path: found.case for found in new for path in found.own}
     by_case: dict[str, list[Finding]] = {found.case: [] for found in new}

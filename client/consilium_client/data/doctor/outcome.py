@@ -127,5 +127,5 @@ def visit(
     except DataProblemsError as problems:
         said, findings, error = problems.message, problems.findings, problems
     except ConsiliumError as other:  # the manifest or the patients' key: there is nothing to judge
-        said, findings, error = other.message, (), other
+        said, findings, error = other.message, (Finding.of("", other),), other
     return Visit((*parts, Part("data", said, findings)), fixed, error)

@@ -71,7 +71,12 @@ def choose_importer(
         ``usage.option`` for an option that the format does not know.
     """
     if not folder.exists():
-        raise ConsiliumError("data.missing", "There is no such folder.", where=str(folder))
+        raise ConsiliumError(
+            "data.missing",
+            "There is no such folder or file.",
+            where=str(folder),
+            hint="Check the path; it is relative to the folder you are in.",
+        )
     if name is not None:
         if name not in known:
             raise ConsiliumError(
@@ -85,7 +90,8 @@ def choose_importer(
     if not detected:
         raise ConsiliumError(
             "data.unknown-format",
-            "The folder has none of the layouts that are recognised.",
+            f"The {'folder' if folder.is_dir() else 'file'} has none of the layouts that are "
+            "recognised.",
             where=str(folder),
             hint=f"Name it with --format ({', '.join(known)}), or list the cases in a CSV file: "
             "case_id, patient_id, image, label.",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -22,6 +25,8 @@ NO_PATIENTS: Final = (
     "on it."
 )
 PICTURES: Final = SUFFIXES
+#: Most characters of a case's name.
+_LONGEST: Final = 200
 _VOLUMES: Final = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
 
 
@@ -131,9 +136,92 @@ def input_name(text: str) -> str:
     return plain[:63] or UNNAMED_INPUT
 
 
-def case_name(text: str) -> str:
-    """Turn a file or folder name into a case name, without suffixes."""
-    return without_suffix(text)[:200]
+def new_case(
+    place: Path,
+    *,
+    case_id: str,
+    images: Mapping[str, str],
+    label: str,
+    patient_id: str | None = None,
+    covariates: Mapping[str, float | str | None] | None = None,
+) -> Case:
+    """Return a case under a name that the case list can hold.
+
+    Parameters
+    ----------
+    place : Path
+        Where the case was found, for the error.
+    case_id : str
+        Spaces at its ends are left out; what is too long is shortened, with a hash of the whole.
+    patient_id : str, optional
+        None where the layout names no patients: the case is a patient of its own.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.name`` for what would not be the same when it is read from the list.
+    """
+    name = case_id.strip()
+    if len(name) > _LONGEST:  # two long names that differ at their ends stay two
+        digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:12]
+        name = f"{name[: _LONGEST - 13]}-{digest}"
+    try:
+        if any(cell != cell.strip() for cell in (*images.values(), label)):
+            raise ValueError("the list's cells are stripped")
+        return Case(
+            case_id=name,
+            patient_id=name if patient_id is None else patient_id,
+            images=dict(images),
+            label=label,
+            covariates=dict(covariates or {}),
+        )
+    except ValueError as error:  # pydantic's errors are such
+        raise ConsiliumError(
+            "data.name",
+            "The case list cannot hold the name of a file, a folder or a patient.",
+            where=str(place),
+            hint="Names are UTF-8 text without a space at either end, a patient's identifier has "
+            "at most 200 characters. Rename what is not, or list the cases in a CSV file.",
+        ) from error
+
+
+@contextmanager
+def listing(folder: Path) -> Iterator[None]:
+    """Turn what the system refuses while a layout is looked at into one clear error.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.missing``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConsiliumError(
+            "data.missing",
+            f"A file or folder cannot be looked at: {error.strerror or type(error).__name__}.",
+            where=str(error.filename or folder),
+            hint="Give this user the right to read it, or move it out of the folder.",
+        ) from error
+
+
+def closed_folders(folder: Path) -> list[Finding]:
+    """Return a finding for each folder below that this user may not list: whatever looks through
+    the tree would pass over its images without a word."""
+    closed: list[Finding] = []
+
+    def refused(error: OSError) -> None:
+        said = ConsiliumError(
+            "data.missing",
+            "The folder may not be read by this user.",
+            where=str(error.filename),
+            hint="Give this user the right to read it, or leave its images out (--skip-bad does).",
+        )
+        closed.append(Finding.of(Path(error.filename).name, said))
+
+    for _, folders, _ in os.walk(folder, onerror=refused):
+        folders[:] = [name for name in folders if name != "lost+found" and name[:1] != "."]
+    return closed
 
 
 def without_suffix(text: str) -> str:
@@ -166,6 +254,13 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConsiliumError(
+            "data.no-list",
+            f"There is no {path.name}.",
+            where=str(path.parent),
+            hint="Leave --format out: the layout is then detected.",
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise broken_dataset_json(path, "it cannot be read as JSON") from error
     if not isinstance(content, dict):

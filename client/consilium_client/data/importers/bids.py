@@ -9,7 +9,7 @@ from typing import Final
 
 from consilium_client.data.case_list import covariates_of
 from consilium_client.data.findings import Finding
-from consilium_client.data.importers.base import Choices, Found, input_name, unique_inputs
+from consilium_client.data.importers.base import Choices, Found, input_name, new_case, unique_inputs
 from consilium_client.data.importers.bids_files import (
     BidsFile,
     Session,
@@ -19,8 +19,8 @@ from consilium_client.data.importers.bids_files import (
     sessions_of,
 )
 from consilium_client.data.importers.channels import matching, unfit_channel
-from consilium_client.data.schema import Case
 from consilium_common.errors import ConsiliumError
+from consilium_common.report.wording import plural
 
 #: Voxel edges and positions of two modalities may differ by this much, millimetres.
 _SAME: Final = 1e-2
@@ -49,7 +49,7 @@ class BidsImporter:
             return None
         people = [path for path in folder.glob("sub-*") if path.is_dir()]
         if people and ((folder / "dataset_description.json").is_file() or _has_anat(people[0])):
-            return f"{len(people)} participants (sub-*)"
+            return f"{plural(len(people), 'participant')} (sub-*)"
         return None
 
     def cases(self, folder: Path) -> Found:
@@ -65,7 +65,10 @@ class BidsImporter:
         sessions = sessions_of(folder)
         if not sessions:
             raise ConsiliumError(
-                "data.no-list", "There are no images sub-*/anat/*.nii.gz.", where=str(folder)
+                "data.no-list",
+                "There are no images sub-*/anat/*.nii.gz.",
+                where=str(folder),
+                hint="Leave --format out: the layout is then detected.",
             )
         asked = [choices.label_from] if choices.label_from else []
         table = facts_of(folder, sessions, (*asked, *choices.covariates.values()))
@@ -94,7 +97,8 @@ class BidsImporter:
             mask = masks.get(session.name)
             label = mask.reference(folder) if mask else ""
             cases.append(
-                Case(
+                new_case(
+                    session.images[0].path.parent,
                     case_id=session.name,
                     patient_id=session.participant,
                     images={n: f.reference(folder) for n, f in zip(inputs, files, strict=True)},

@@ -264,7 +264,7 @@ def _file(path: Path, participant: str, session: str, pipeline: str = _RAW) -> B
 
 def _read_tsv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     text = read_list(path, "table")
-    lines = [line.split("\t") for line in text.splitlines() if line]  # BIDS knows no quotes
+    lines = [line.split("\t") for line in text.split("\n") if line]  # BIDS knows no quotes
     header = [cell.strip() for cell in lines[0]] if lines else []
     for number, row in enumerate(lines[1:], start=2):
         if len(row) != len(header):

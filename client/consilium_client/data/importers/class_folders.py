@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from consilium_client.data.importers.base import NO_PATIENTS, Found
+from consilium_client.data.importers.base import NO_PATIENTS, Found, new_case
 from consilium_client.data.importers.pairs import is_pair_folder
 from consilium_client.data.ingest.picture import SUFFIXES
-from consilium_client.data.schema import Case
+from consilium_client.data.match import written_classes
 from consilium_common.errors import ConsiliumError
 
 
@@ -44,11 +44,14 @@ class ClassFolderImporter:
                 "data.no-list",
                 "There are not two folders with pictures, one per class.",
                 where=str(folder),
+                hint="Leave --format out: the layout is then detected.",
             )
+        for name in by_class:
+            _require_class(name, folder)
         cases = tuple(
-            Case(
+            new_case(
+                path,
                 case_id=f"{name}/{path.name}",
-                patient_id=f"{name}/{path.name}",
                 images={"image": f"{name}/{path.name}"},
                 label=name,
             )
@@ -61,6 +64,16 @@ class ClassFolderImporter:
             label_kind="class",
             labels={name: name for name in by_class},
             notes=(NO_PATIENTS,),
+        )
+
+
+def _require_class(name: str, folder: Path) -> None:
+    if written_classes(name) != (name.strip(),):
+        raise ConsiliumError(
+            "data.name",
+            "The folder's name cannot be a class: | and ; stand between classes, - for none.",
+            where=str(folder / name),
+            hint="Rename the folder.",
         )
 
 

@@ -116,10 +116,24 @@ class Labels:
 
     def names(self) -> dict[str, int | str] | None:
         """Return label names to values: segments numbered from 1; None for classes, which are
-        taken from the cases."""
+        taken from the cases.
+
+        Raises
+        ------
+        ConsiliumError
+            ``usage.segment`` for a segment that no file has.
+        """
         if self.kind == "class":
             return None
         present = [name for drawing in self._drawings for name in drawing.names]
+        unknown = next((name for name in self._segments if name not in present), None)
+        if unknown is not None:
+            raise ConsiliumError(
+                "usage.segment",
+                f"No segment or region is called {unknown}.",
+                where=str(self._root),
+                hint="Check the spelling; an import without --segment lists them in site.yaml.",
+            )
         wanted = [name for name in self._segments if name in present]
         return numbered(wanted if self._segments else sorted(set(present), key=present.index))
 

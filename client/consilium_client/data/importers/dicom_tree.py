@@ -13,7 +13,7 @@ from typing import Final
 
 from consilium_client.data.case_list import covariates_of
 from consilium_client.data.findings import Finding
-from consilium_client.data.importers.base import Choices, Found, input_name
+from consilium_client.data.importers.base import Choices, Found, input_name, new_case
 from consilium_client.data.importers.channels import matching, unfit_channel
 from consilium_client.data.importers.dicom_labels import Labels, relative
 from consilium_client.data.importers.dicom_tags import Tag, parse_tag, tag_values
@@ -93,7 +93,12 @@ class DicomImporter:
         headers, findings = index_files(files, progress=self._progress)
         images = [header for header in headers if header.is_image]
         if not images and not findings:
-            raise ConsiliumError("data.no-list", "There is no DICOM image.", where=str(folder))
+            raise ConsiliumError(
+                "data.no-list",
+                "There is no DICOM image.",
+                where=str(folder),
+                hint="Leave --format out: the layout is then detected.",
+            )
         series: dict[str, list[Header]] = defaultdict(list)
         for header in images:
             series[header.series].append(header)
@@ -167,7 +172,8 @@ class DicomImporter:
             uid = first.study if self._choices.channels else next(iter(images.values())).uid
             rows.append(dict(zip(names, tag_values(first.path, tags), strict=True)) if tags else {})
             cases.append(
-                Case(
+                new_case(
+                    first.path.parent,
                     case_id=_case_id(first.modality, uid or first.series),
                     patient_id=first.patient_id,
                     images={name: image.reference for name, image in images.items()},

@@ -10,10 +10,11 @@ from consilium_client.data.importers.base import (
     NO_PATIENTS,
     Found,
     broken_dataset_json,
-    case_name,
     inside,
+    new_case,
     read_dataset_json,
     unique_inputs,
+    without_suffix,
 )
 from consilium_client.data.schema import Case
 from consilium_common.errors import ConsiliumError
@@ -79,10 +80,9 @@ def _case(pair: Any, inputs: tuple[str, ...], path: Path) -> Case:
         if len(inputs) == 1
         else {name: f"{image}#{number}" for number, name in enumerate(inputs)}
     )
-    name = case_name(Path(image).name)
-    return Case(
-        case_id=name,
-        patient_id=name,
+    return new_case(
+        path,
+        case_id=without_suffix(Path(image).name),
         images=images,
         label=inside(label, path) if isinstance(label, str) and label else "",
     )

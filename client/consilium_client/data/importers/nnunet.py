@@ -13,10 +13,11 @@ from consilium_client.data.importers.base import (
     NO_PATIENTS,
     Found,
     broken_dataset_json,
-    case_name,
     inside,
+    new_case,
     read_dataset_json,
     unique_inputs,
+    without_suffix,
 )
 from consilium_client.data.schema import Case
 from consilium_common.errors import ConsiliumError
@@ -71,7 +72,7 @@ class NnunetImporter:
                 findings.append(_incomplete(name, len(files), len(inputs), folder / _IMAGES))
                 continue
             channels = dict(zip(inputs, files, strict=True))
-            cases.append(Case(case_id=name, patient_id=name, images=channels, label=label))
+            cases.append(new_case(path, case_id=name, images=channels, label=label))
         return Found(
             root=folder,
             cases=tuple(cases),
@@ -150,7 +151,7 @@ def _listed(listed: Any, path: Path) -> dict[str, tuple[list[str], str]]:
     if not good:
         raise broken_dataset_json(path, "dataset is not a table of cases with images and a label")
     return {
-        case_name(str(name)): (
+        without_suffix(str(name)): (
             [inside(image, path) for image in entry["images"]],
             inside(entry["label"], path) if entry.get("label") else "",
         )

@@ -13,6 +13,7 @@ from consilium_client.data.importers.base import (
     PICTURES,
     Found,
     is_volume,
+    new_case,
     without_suffix,
 )
 from consilium_client.data.importers.named_masks import segment_names
@@ -73,9 +74,9 @@ class PairsImporter:
                     findings.append(_two_masks(name, fitting))
                     continue
                 cases.append(
-                    Case(
-                        case_id=name[:200],
-                        patient_id=name[:200],
+                    new_case(
+                        path,
+                        case_id=name,
                         images={"image": str(path.relative_to(folder))},
                         label=str(fitting[0].relative_to(folder)) if fitting else "",
                     )
@@ -97,7 +98,7 @@ class PairsImporter:
             labels=names,
             labels_by_name=bool(names),
             findings=tuple(findings),
-            notes=(NO_PATIENTS, *([f"{unpaired} masks have no image."] if unpaired else [])),
+            notes=(NO_PATIENTS, *([f"Masks without an image: {unpaired}."] if unpaired else [])),
         )
 
 

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -27,8 +21,8 @@ from consilium_client.data.ingest.dicom_file import (
     open_header,
     quietly,
 )
+from consilium_client.data.parallel import spread
 from consilium_common.errors import ConsiliumError
-from consilium_common.processes import die_with_parent
 
 __all__ = ["Header", "files_below", "index_files", "is_dicom", "numbers", "read_header"]
 
@@ -64,9 +58,8 @@ _TAGS: Final = [
 ]
 #: The last group of ``_TAGS``; per-frame functional groups and pixels lie behind it.
 _LAST_GROUP: Final = 0x0062
-#: From so many files on, starting processes costs less than they save.
-_MANY: Final = 300
-_CHUNK: Final = 50
+#: Files between two words on progress.
+_TOLD_EVERY: Final = 50
 #: Objects with a pixel matrix that are not the images a study trains on.
 _NOT_IMAGES: Final = frozenset({"SEG", "RTDOSE", "RTIMAGE", "PR", "KO", "SR", "REG"})
 
@@ -221,58 +214,14 @@ def index_files(
     listed = list(paths)
     headers: list[Header] = []
     findings: list[Finding] = []
-    done = 0
-    for chunk in _indexed(listed, workers):
-        done += len(chunk)
-        for entry in chunk:
-            if isinstance(entry, Header):
-                headers.append(entry)
-            elif entry is not None:
-                findings.append(entry)
-        if progress is not None:
+    for done, entry in enumerate(spread(_index_one, listed, workers=workers), start=1):
+        if isinstance(entry, Header):
+            headers.append(entry)
+        elif entry is not None:
+            findings.append(entry)
+        if progress is not None and (done % _TOLD_EVERY == 0 or done == len(listed)):
             progress(done, len(listed))
     return headers, findings
-
-
-def _indexed(paths: Sequence[Path], workers: int | None) -> Iterator[list[Header | Finding | None]]:
-    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    if workers is None:
-        workers = _cores() if len(paths) >= _MANY else 1
-    # Daemonic processes may have no children.
-    if min(workers, len(chunks)) < 2 or multiprocessing.current_process().daemon:
-        yield from map(_index_chunk, chunks)
-        return
-    # Spawned, not forked: the caller may run threads, whose locks a fork would copy.
-    pool = ProcessPoolExecutor(
-        min(workers, len(chunks)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-    )
-    read = 0
-    try:
-        for result in pool.map(_index_chunk, chunks):
-            yield result
-            read += 1
-    except BrokenProcessPool:
-        # No children can run here, or one was killed: what is left is read in this process.
-        yield from map(_index_chunk, chunks[read:])
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _start_worker() -> None:
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and ends the pool
-
-
-def _index_chunk(paths: Sequence[Path]) -> list[Header | Finding | None]:
-    return [_index_one(path) for path in paths]
 
 
 def _index_one(path: Path) -> Header | Finding | None:

@@ -119,6 +119,23 @@ def decode(header: Header) -> Pixels:
     return Pixels(whole(scaled), padding)
 
 
+def stored_frame(path: Path, index: int) -> Array:
+    """Return the stored values of one frame, as they are: nothing rescaled, no colour changed.
+
+    Raises
+    ------
+    ConsiliumError
+        As :func:`read_pixels`.
+    """
+    from pydicom.pixels import pixel_array
+
+    dataset = open_dicom(path, tags=_TAGS, last_group=0x7FE0)
+    with reading(path, "DICOM image"), quietly():
+        require_bounded(dataset, path)
+        values: Array = pixel_array(dataset, index=index, raw=True)
+    return values
+
+
 def decoded(dataset: Any, path: Path) -> Array:
     """Return the stored values of all frames, after checking that they can be unpacked safely.
 
