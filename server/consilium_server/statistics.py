@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _log = logging.getLogger(__name__)
+
+#: No sum of patients' shares and noise is larger: beyond, one site's number would stand for all
+#: sites' statistics, or break their sum.
+_LARGEST: Final = 1e12
 
 
 def gather(
@@ -78,7 +82,7 @@ def gather(
 
 
 def checked(figures: Mapping[str, float], wanted: tuple[Table, ...]) -> dict[str, float]:
-    """Return a site's figures if they are one finite number for each bin of the tables.
+    """Return a site's figures if they are one possible number for each bin of the tables.
 
     Raises
     ------
@@ -91,8 +95,13 @@ def checked(figures: Mapping[str, float], wanted: tuple[Table, ...]) -> dict[str
             "The reply does not hold the study's statistics and nothing else.",
             hint="Site and aggregator need the same release of consilium.",
         )
-    if not all(math.isfinite(value) for value in figures.values()):
-        raise ConsiliumError("run.bad-figures", "A released figure is not finite.")
+    # What is not finite is refused by the same comparison.
+    if not all(abs(value) <= _LARGEST for value in figures.values()):
+        raise ConsiliumError(
+            "run.bad-figures",
+            "A released figure is no number of patients, whatever the noise.",
+            hint="Site and aggregator need the same release of consilium.",
+        )
     return dict(figures)
 
 

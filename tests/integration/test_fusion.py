@@ -23,7 +23,7 @@ from consilium_common.study import Study
 from consilium_common.study.statistics import tables
 from consilium_server.home import ServerHome
 
-NORTH, SOUTH = "fusion-north", "fusion-south"
+NORTH, SOUTH = "north", "south"
 PATIENTS = 6
 #: In cases.csv, by patient: any number of the classes, also none.
 LABELS = ("oedema", "-", "oedema|effusion", "effusion", "-", "oedema")
@@ -120,38 +120,42 @@ def last_two_are_tested(cases: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sites(
-    federation: Federation, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Site]]:
-    """Two more sites, running: one keeps DICOM, one NIfTI files and a table."""
-    originals = tmp_path_factory.mktemp("fusion")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """An aggregator and two sites, running: one keeps DICOM, one NIfTI files and a table."""
+    originals = tmp_path_factory.mktemp("originals")
 
-    def add(name: str) -> Site:
-        folder = originals / name
-        options = write_dicom(folder) if name == NORTH else write_table(folder)
-        site = federation.join(name)
-        site("data", "import", folder, *options).data  # noqa: B018
-        last_two_are_tested(site.home / "data" / "cases.csv")
-        return site
+    with Federation(tmp_path_factory.mktemp("fusion")) as running:
 
-    with ThreadPoolExecutor(2) as pool:
-        added = list(pool.map(add, (NORTH, SOUTH)))
-    for site in added:
-        site.launch()
-    for site in added:
-        site.wait_until_ready()
-    yield {site.name: site for site in added}
-    for site in added:
-        site.stop()
+        def add(name: str) -> Site:
+            folder = originals / name
+            options = write_dicom(folder) if name == NORTH else write_table(folder)
+            site = running.join(name)
+            site("data", "import", folder, *options).data  # noqa: B018
+            last_two_are_tested(site.home / "data" / "cases.csv")
+            return site
+
+        with ThreadPoolExecutor(2) as pool:
+            sites = list(pool.map(add, (NORTH, SOUTH)))
+        for site in sites:
+            site.launch()
+        for site in sites:
+            site.wait_until_ready()
+        yield running
 
 
 @pytest.fixture(scope="module")
-def fused(federation: Federation, sites: dict[str, Site]) -> dict[str, Any]:
+def sites(small: Federation) -> dict[str, Site]:
+    """The two, by name."""
+    return {name: small.sites[name] for name in (NORTH, SOUTH)}
+
+
+@pytest.fixture(scope="module")
+def fused(small: Federation, sites: dict[str, Site]) -> dict[str, Any]:
     """The study, approved by the two, run to its end."""
-    digest = federation.propose(STUDY)
-    federation.approve(digest, *sites)
-    federation.study("run", digest).data  # noqa: B018
-    found: dict[str, Any] = federation.study("watch", digest).data
+    digest = small.propose(STUDY)
+    small.approve(digest, *sites)
+    small.study("run", digest).data  # noqa: B018
+    found: dict[str, Any] = small.study("watch", digest).data
     return found
 
 
@@ -170,10 +174,10 @@ def test_dicom_and_tables_become_the_same_cases_with_channels_classes_and_covari
 
 
 def test_the_check_says_that_every_case_fits_the_study(
-    federation: Federation, sites: dict[str, Site], fused: dict[str, Any]
+    small: Federation, sites: dict[str, Site], fused: dict[str, Any]
 ) -> None:
     for site in sites.values():
-        found = site("data", "check", "--study", federation.folder / "fusion.yaml").data
+        found = site("data", "check", "--study", small.folder / "fusion.yaml").data
         assert found["cases"] == PATIENTS
         # So few cases, and names in DICOM headers, are warned of; nothing else is amiss.
         codes = {one["code"] for one in found["warnings"]}
@@ -195,9 +199,9 @@ def test_a_private_fusion_study_trains_on_two_channels_and_covariates_to_its_end
 
 
 def test_its_statistics_arrive_with_noise_on_every_number(
-    federation: Federation, fused: dict[str, Any]
+    small: Federation, fused: dict[str, Any]
 ) -> None:
-    found = federation.study("stats", fused["digest"]).data
+    found = small.study("stats", fused["digest"]).data
     assert found["public"]["cohorts"] == {NORTH: 4, SOUTH: 4}
     assert found["asked"] == STUDY["statistics"]
     statistics = found["statistics"]
@@ -248,14 +252,14 @@ def test_both_sites_charge_the_statistics_first_and_what_is_left_is_what_was_cha
 
 
 def test_an_audit_of_the_fusion_study_finds_it_as_declared(
-    federation: Federation,
+    small: Federation,
     sites: dict[str, Site],
     fused: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     evidence, records = tmp_path / "evidence", tmp_path / "records.json"
     sites[NORTH]("evidence", evidence).data  # noqa: B018
-    federation.server("records", NORTH, records).data  # noqa: B018
+    small.server("records", NORTH, records).data  # noqa: B018
     page = tmp_path / "report.html"
     report = consilium("audit", "report", evidence, "--records", records, "--out", page).data
     (found,) = report["studies"]
@@ -266,13 +270,13 @@ def test_an_audit_of_the_fusion_study_finds_it_as_declared(
 
 
 def test_asked_again_sites_answer_from_the_store_without_a_charge(
-    federation: Federation, sites: dict[str, Site], fused: dict[str, Any]
+    small: Federation, sites: dict[str, Site], fused: dict[str, Any]
 ) -> None:
     digest = fused["digest"]
     charged = {name: charges_of(site) for name, site in sites.items()}
-    _forget(federation, digest)
-    federation.study("run", digest).data  # noqa: B018
-    again = federation.study("watch", digest).data
+    _forget(small, digest)
+    small.study("run", digest).data  # noqa: B018
+    again = small.study("watch", digest).data
     assert again["statistics"] == fused["statistics"]
     assert again["alarms"] == []  # no site sent other numbers than before
     assert {name: charges_of(site) for name, site in sites.items()} == charged
@@ -284,9 +288,9 @@ def charges_of(site: Site) -> list[Charge]:
         return list(ledger.state.charges.values())
 
 
-def _forget(federation: Federation, digest: str) -> None:
+def _forget(small: Federation, digest: str) -> None:
     """Let the aggregator lose all that a study's run has left there, as after a bad restore."""
-    home = ServerHome.existing(federation.home)
+    home = ServerHome.existing(small.home)
     (home.study_folder(digest) / "checkpoint.safetensors").unlink()
     with closing(sqlite3.connect(home.database, timeout=20)) as database, database:
         for table in ("statistics", "evaluations", "rounds"):

@@ -159,7 +159,7 @@ def test_bids_sessions_are_cases_of_one_patient_with_modalities_as_channels(
         {"age": 61.0, "arm": "patient"},
         {"age": None, "arm": "control"},
     ]
-    assert "Covariate age: numbers, missing in 1 cases." in outcome.notes
+    assert "Covariate age: numbers, missing in 1 case." in outcome.notes
 
 
 def test_a_modality_on_another_grid_is_left_aside_until_it_is_chosen(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_pairs_are_found_by_name_whatever_the_masks_tail(tmp_path: Path) -> None
         "masks/p1_seg.nii.gz",
         "masks/p2.nii.gz",
     ]
-    assert "1 masks have no image." in outcome.notes
+    assert "Masks without an image: 1." in outcome.notes
 
 
 def test_training_and_test_folders_pair_with_their_own_masks(tmp_path: Path) -> None:

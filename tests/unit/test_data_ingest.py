@@ -279,7 +279,9 @@ def test_patients_named_in_a_list_group_the_cases(tmp_path: Path) -> None:
         for number in range(2):
             Image.new("L", (8, 6), number).save(folder / name / f"{number}.png")
     listed = tmp_path / "patients.csv"
-    listed.write_text("case_id,patient_id\nill/0.png,Anna\nwell/1.png,Anna\n")
+    listed.write_text(
+        "case_id,patient_id\nill/0.png,Anna\nill/1.png,B\nwell/0.png,C\nwell/1.png,Anna\n"
+    )
     outcome = import_folder(home_in(tmp_path), folder, ImportOptions(patients=listed))
     assert outcome.counts()["cases"] == 4
     assert outcome.counts()["patients"] == 3

@@ -140,8 +140,8 @@ def test_a_site_that_fails_costs_its_share_and_nothing_else(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "spoiled",
-    [{"size.0": math.nan}, {"size.0": math.inf}, {"loss": 0.5}, None],
-    ids=["nan", "infinite", "one more", "none"],
+    [{"size.0": math.nan}, {"size.0": math.inf}, {"size.0": -1.7e308}, {"loss": 0.5}, None],
+    ids=["nan", "infinite", "absurd", "one more", "none"],
 )
 def test_numbers_that_are_not_the_studys_are_left_out(
     tmp_path: Path, spoiled: dict[str, float] | None

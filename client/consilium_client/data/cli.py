@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 data_app = typer.Typer(
     no_args_is_help=True, help="Import and check this site's images; they never leave it."
 )
+#: A case's name up to so many characters stays on one line of the list.
+_SHORT: Final = 24
 
 
 def _listed(formats: Mapping[str, str]) -> str:
@@ -162,14 +164,15 @@ def list_(home: Home = HERE) -> None:
         from rich.text import Text
 
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column("case", overflow="fold", ratio=1)
+        longest = max((len(row["case_id"]) for row in rows), default=0)
+        table.add_column("case", overflow="fold", no_wrap=longest <= _SHORT)
         for column in ("patient", "split", "voxels", "spacing (mm)"):
             table.add_column(column, no_wrap=True)
-        table.add_column("label", overflow="fold", ratio=1)
+        table.add_column("label", overflow="fold")
         for row in rows:
             shape = " × ".join(str(n) for n in row["shape"] or ())
             spacing = " × ".join(f"{n:.3g}" for n in row["spacing"] or ())
-            cells = (row["case_id"], row["patient"][:12], row["split"], shape, spacing)
+            cells = (row["case_id"], row["patient"][:8], row["split"], shape, spacing)
             table.add_row(*(Text(cell) for cell in (*cells, row["label"])))
         console.print(table)
         console.print(

@@ -223,7 +223,7 @@ def notes_on(manifest: Manifest) -> tuple[str, ...]:
             f"The labels are {len(numbers)} different numbers, each a class of its own. For "
             "classes by range give, for example, --label 'young=<40' --label 'old=>=40'."
         )
-    for name in site.covariates:
+    for name in site.covariates if cases else ():
         values = [case.covariates.get(name) for case in cases]
         present = [value for value in values if value is not None]
         kind = "words" if any(isinstance(value, str) for value in present) else "numbers"
@@ -267,10 +267,8 @@ def _patients(path: Path | None, found: Found) -> dict[str, str]:
         )
     patients: dict[str, str] = {}
     for line, row in rows:
-        if (
-            row["patient_id"]
-            and patients.setdefault(row["case_id"], row["patient_id"]) != (row["patient_id"])
-        ):
+        patient = row["patient_id"]
+        if patient and patients.setdefault(row["case_id"], patient) != patient:
             raise ConsiliumError(
                 "data.duplicate-case",
                 "The list of patients gives one case to two patients.",

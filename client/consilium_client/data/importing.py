@@ -212,6 +212,13 @@ def check_data(
     with writing(home):
         fixed = apply_fixes(home) if fix else ()
         manifest = load_manifest(home)
+        if not manifest.cases:  # nothing would be wrong with it, and the cache be emptied
+            raise ConsiliumError(
+                "data.cases",
+                "The case list has no cases.",
+                where=str(home.data / manifest.site.cases),
+                hint="Put its lines back, or import the folder again.",
+            )
         key = open_patient_key(home)
         sources = Sources(manifest.root)
         outcome = ingest(home, manifest, sources=sources, progress=_named(progress, "check"))

@@ -52,12 +52,19 @@ def load_manifest(home: SiteHome) -> Manifest:
     cases = parse_cases(
         _read(cases_path), site.inputs, where=str(cases_path), covariates=site.covariates
     )
-    return Manifest(site, cases, (path.parent / Path(site.root).expanduser()).resolve())
+    return Manifest(site, cases, _root(home, site))
 
 
 def existing_manifest(home: SiteHome) -> Manifest | None:
-    """Return the site's manifest, or None where nothing was imported yet."""
-    return load_manifest(home) if (home.data / SITE_FILE).exists() else None
+    """Return the site's manifest, or None where nothing was imported yet.
+
+    A case list that is gone counts as empty: an import writes it anew, under the names that
+    site.yaml has.
+    """
+    site = existing_site(home)
+    if site is not None and not (home.data / site.cases).exists():
+        return Manifest(site, (), _root(home, site))
+    return load_manifest(home) if site is not None else None
 
 
 def save_manifest(home: SiteHome, manifest: Manifest) -> None:
@@ -76,11 +83,18 @@ def existing_site(home: SiteHome) -> SiteManifest | None:
     return parse_site(_read(path), where=str(path)) if path.exists() else None
 
 
+def _root(home: SiteHome, site: SiteManifest) -> Path:
+    return (home.data / Path(site.root).expanduser()).resolve()
+
+
 def _read(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConsiliumError(
-                "data.manifest", "The file is larger than 64 MiB.", where=str(path)
+                "data.manifest",
+                "The file is larger than 64 MiB.",
+                where=str(path),
+                hint="Nothing that an import writes is: put its copy back, or import again.",
             )
         return path.read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
     except FileNotFoundError as error:
@@ -102,4 +116,5 @@ def _read(path: Path) -> str:
             "data.manifest",
             f"The file cannot be read: {error.strerror or error}.",
             where=str(path),
+            hint="Give this user the right to read it.",
         ) from error

@@ -52,6 +52,7 @@ def match_study(site: SiteManifest, study: Study) -> Match:
             "data.label-kind",
             f"The study is a {study.task.kind} and needs {needed} labels; this site's are "
             f"{site.label_kind} labels.",
+            where="site.yaml: label_kind",
             hint="Import the labels that fit the study.",
         )
     classes = _classes(site, study)

@@ -6,13 +6,18 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from pydantic import ValidationError
 
 from consilium_client.data.schema import SiteManifest
 from consilium_common.errors import ConsiliumError
+
+_MEND: Final = (
+    "Correct it; the comments of a fresh import's site.yaml say what it may hold. Or take the file "
+    "away and import again."
+)
 
 
 def parse_site(text: str, *, where: str) -> SiteManifest:
@@ -33,11 +38,15 @@ def parse_site(text: str, *, where: str) -> SiteManifest:
             "data.manifest",
             f"This is not YAML: {getattr(error, 'problem', None) or 'cannot be parsed'}.",
             where=f"{where}{line}",
+            hint=_MEND,
         ) from error
     _check_duplicates(node, where)
     if not isinstance(value, dict):
         raise ConsiliumError(
-            "data.manifest", "The file holds no keys and values.", where=f"{where}:1"
+            "data.manifest",
+            "The file holds no keys and values.",
+            where=f"{where}:1",
+            hint=_MEND,
         )
     try:
         return SiteManifest.model_validate(value)
@@ -52,7 +61,7 @@ def parse_site(text: str, *, where: str) -> SiteManifest:
             "data.manifest",
             message,
             where=f"{where}:{lines[0]}",
-            hint="Correct it; the comments in the file say what it may hold.",
+            hint=_MEND,
         ) from error
 
 
@@ -64,7 +73,10 @@ def _check_duplicates(node: Any, where: str) -> None:
         if key.value in seen:
             line = key.start_mark.line + 1
             raise ConsiliumError(
-                "data.manifest", f"The key {key.value} stands twice.", where=f"{where}:{line}"
+                "data.manifest",
+                f"The key {key.value} stands twice.",
+                where=f"{where}:{line}",
+                hint=_MEND,
             )
         seen.add(key.value)
         _check_duplicates(value, where)

@@ -72,7 +72,10 @@ def parse_tag(text: str) -> Tag:
         )
     if _NO_VALUE & set(kind.split(" or ")):
         raise ConsiliumError(
-            "usage.tag", "The tag holds neither a word nor a number.", where=text[:80]
+            "usage.tag",
+            "The tag holds neither a word nor a number.",
+            where=text[:80],
+            hint="Name a tag with a word or a number, as PatientAge.",
         )
     return Tag(plain, number)
 

@@ -52,8 +52,9 @@ def read_nifti(path: Path, channel: int | None = None) -> Volume:
         shape = tuple(int(n) for n in image.shape)
         _check_shape(shape, path)
         _check_size(image, shape, path)
+        layer = _index(shape[3] if len(shape) > 3 else 1, channel, path)
         data: Any = image.dataobj
-        values = np.asarray(data if len(shape) < 4 else data[..., _index(shape, channel, path)])
+        values = np.asarray(data if len(shape) < 4 else data[..., layer])
         affine = np.array(image.affine, dtype=np.float64)
     if values.dtype.kind not in "iubf":
         raise ConsiliumError(
@@ -131,20 +132,19 @@ def _check_shape(shape: tuple[int, ...], path: Path) -> None:
         )
 
 
-def _index(shape: tuple[int, ...], channel: int | None, path: Path) -> int:
-    if channel is None and shape[3] == 1:
-        return 0
-    if channel is None:
+def _index(count: int, channel: int | None, path: Path) -> int:
+    if channel is None and count > 1:
         raise ConsiliumError(
             "data.dimensions",
-            f"The NIfTI file holds {shape[3]} volumes and the case list names none of them.",
+            f"The NIfTI file holds {count} volumes and the case list names none of them.",
             where=str(path),
             hint=f"Give each channel its column, with {path.name}#0, {path.name}#1 and so on.",
         )
-    if channel >= shape[3]:
+    if (channel or 0) >= count:
         raise ConsiliumError(
             "data.dimensions",
-            f"Volume {channel} is asked for, the file has {shape[3]} (counted from 0).",
+            f"Volume {channel} is asked for, the file has {count} (counted from 0).",
             where=str(path),
+            hint="Correct the number behind #, or restore the file with all its channels.",
         )
-    return channel
+    return channel or 0

@@ -318,6 +318,7 @@ def _index(count: int, channel: int | None, path: Path) -> int:
             "data.dimensions",
             f"Volume {channel} is asked for, the file has {count} (counted from 0).",
             where=str(path),
+            hint="Correct the number behind #, or restore the file with all its channels.",
         )
     return channel or 0
 
