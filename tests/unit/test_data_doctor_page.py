@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from consilium_client.cli import app
 from consilium_client.data.doctor.memory import Memory, Remembered, files_key
 from consilium_client.data.doctor.page import Subject, render_page
-from consilium_client.data.doctor.thumbnail import picture_png
 from consilium_client.data.findings import Finding
+from consilium_client.data.thumbnail import picture_png
 from consilium_client.home import SiteHome
 from consilium_common.console import MODE
 from consilium_common.errors import EXIT_STATUS, WARNINGS_ONLY, ConsiliumError

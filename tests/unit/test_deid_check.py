@@ -19,8 +19,8 @@ from pydicom.dataset import Dataset
 from consilium_client.data.deid.check import identity_findings
 from consilium_client.data.deid.exposure import examine
 from consilium_client.data.deid.profile import OPTIONS, action_for
-from consilium_client.data.deid.words import is_dummy, looks_like
 from consilium_client.data.findings import Finding
+from consilium_client.data.identifying import is_dummy, looks_like
 from consilium_client.data.ingest.dicom_headers import files_below
 
 

@@ -119,7 +119,7 @@ def import_folder(
     """
     folder = folder.expanduser().resolve()
     with writing(home):
-        old = existing_manifest(home)
+        old = existing_manifest(home, rewriting=True)
         found = _found(folder, options, progress, say)
         manifest = draft_manifest(home, found, options, old)
         told = set() if options.patients is None else {NO_PATIENTS}

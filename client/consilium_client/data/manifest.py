@@ -55,14 +55,17 @@ def load_manifest(home: SiteHome) -> Manifest:
     return Manifest(site, cases, _root(home, site))
 
 
-def existing_manifest(home: SiteHome) -> Manifest | None:
+def existing_manifest(home: SiteHome, *, rewriting: bool = False) -> Manifest | None:
     """Return the site's manifest, or None where nothing was imported yet.
 
-    A case list that is gone counts as empty: an import writes it anew, under the names that
-    site.yaml has.
+    Parameters
+    ----------
+    rewriting : bool
+        The caller writes the case list anew: one that is gone counts as empty, and the names in
+        site.yaml stay (default: False, and it is an error).
     """
     site = existing_site(home)
-    if site is not None and not (home.data / site.cases).exists():
+    if rewriting and site is not None and not (home.data / site.cases).exists():
         return Manifest(site, (), _root(home, site))
     return load_manifest(home) if site is not None else None
 

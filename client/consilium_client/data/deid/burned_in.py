@@ -189,7 +189,7 @@ def _look(header: Header) -> tuple[tuple[Region, ...], bytes]:
     regions = text_regions(plane)
     if not regions and not _rule(header):
         return (), b""
-    from consilium_client.data.doctor.thumbnail import picture_png
+    from consilium_client.data.thumbnail import picture_png
 
     return regions, picture_png(_around(plane, regions), 256)
 

@@ -11,8 +11,8 @@ from typing import Final
 
 from consilium_client.data.deid.exposure import Exposure, examine_file
 from consilium_client.data.deid.nifti_text import is_nifti, telling_fields
-from consilium_client.data.deid.words import looks_like, mentions, searcher
 from consilium_client.data.findings import Finding
+from consilium_client.data.identifying import looks_like, mentions, searcher
 from consilium_client.data.ingest.dicom_headers import is_dicom
 from consilium_client.data.parallel import spread
 from consilium_common.errors import ConsiliumError

@@ -23,7 +23,7 @@ from consilium_client.data.deid.profile import (
     action_for,
     is_date,
 )
-from consilium_client.data.deid.words import looks_like, mentions, searcher
+from consilium_client.data.identifying import looks_like, mentions, searcher
 from consilium_client.data.ingest.dicom_file import quietly
 from consilium_client.data.split import PatientKey
 from consilium_common.errors import ConsiliumError

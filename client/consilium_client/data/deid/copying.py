@@ -23,8 +23,8 @@ from consilium_client.data.deid.exposure import examine_file
 from consilium_client.data.deid.file_names import clean_name
 from consilium_client.data.deid.journal import Journal, Record
 from consilium_client.data.deid.nifti_text import is_nifti, telling_fields, write_clean
-from consilium_client.data.deid.words import searcher, words_of_name, words_of_number
 from consilium_client.data.findings import Finding
+from consilium_client.data.identifying import searcher, words_of_name, words_of_number
 from consilium_client.data.ingest.dicom_file import quietly
 from consilium_client.data.ingest.dicom_headers import Header, files_below, index_files
 from consilium_client.data.manifest import existing_manifest

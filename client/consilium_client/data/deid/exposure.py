@@ -22,7 +22,7 @@ from consilium_client.data.deid.profile import (
     is_safe_private,
     weight_of,
 )
-from consilium_client.data.deid.words import (
+from consilium_client.data.identifying import (
     is_dummy,
     looks_like,
     mentions,

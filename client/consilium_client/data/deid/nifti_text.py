@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from consilium_client.data.deid.profile import DIRECT, action_for
-from consilium_client.data.deid.words import is_dummy, looks_like, mentions
 from consilium_client.data.findings import reading
+from consilium_client.data.identifying import is_dummy, looks_like, mentions
 from consilium_common.errors import ConsiliumError
 
 #: Fields of a header that programs fill with text, and people with names.

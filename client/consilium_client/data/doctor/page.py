@@ -11,10 +11,10 @@ from typing import Final
 
 from markupsafe import Markup
 
-from consilium_client.data.doctor.thumbnail import picture_png
 from consilium_client.data.findings import Finding
 from consilium_client.data.ingest.cache import Ingested
 from consilium_client.data.rules import Severity
+from consilium_client.data.thumbnail import picture_png
 from consilium_common.report import study_report, wording
 from consilium_common.report.study_report import Tile
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from consilium_client.data.deid.words import (
+from consilium_client.data.findings import Finding, reading
+from consilium_client.data.identifying import (
     mentions,
     searcher,
     words_of_name,
     words_of_number,
 )
-from consilium_client.data.findings import Finding, reading
 from consilium_client.data.ingest.dicom_file import (
     has_prefix,
     is_dicom,

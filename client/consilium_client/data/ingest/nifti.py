@@ -10,7 +10,13 @@ from typing import Any, Final
 import numpy as np
 
 from consilium_client.data.findings import reading
-from consilium_client.data.ingest.volume import MAX_VOXELS, Array, Volume, require_finite
+from consilium_client.data.ingest.volume import (
+    MAX_VOXELS,
+    Array,
+    Volume,
+    require_finite,
+    volume_asked_for,
+)
 from consilium_common.errors import ConsiliumError
 
 #: Bytes of a header, NIfTI-2's being the longer.
@@ -52,7 +58,7 @@ def read_nifti(path: Path, channel: int | None = None) -> Volume:
         shape = tuple(int(n) for n in image.shape)
         _check_shape(shape, path)
         _check_size(image, shape, path)
-        layer = _index(shape[3] if len(shape) > 3 else 1, channel, path)
+        layer = volume_asked_for(shape[3] if len(shape) > 3 else 1, channel, path)
         data: Any = image.dataobj
         values = np.asarray(data if len(shape) < 4 else data[..., layer])
         affine = np.array(image.affine, dtype=np.float64)
@@ -130,21 +136,3 @@ def _check_shape(shape: tuple[int, ...], path: Path) -> None:
             where=str(path),
             hint="If the image is real, crop it; else export it again.",
         )
-
-
-def _index(count: int, channel: int | None, path: Path) -> int:
-    if channel is None and count > 1:
-        raise ConsiliumError(
-            "data.dimensions",
-            f"The NIfTI file holds {count} volumes and the case list names none of them.",
-            where=str(path),
-            hint=f"Give each channel its column, with {path.name}#0, {path.name}#1 and so on.",
-        )
-    if (channel or 0) >= count:
-        raise ConsiliumError(
-            "data.dimensions",
-            f"Volume {channel} is asked for, the file has {count} (counted from 0).",
-            where=str(path),
-            hint="Correct the number behind #, or restore the file with all its channels.",
-        )
-    return channel or 0

@@ -18,6 +18,7 @@ from consilium_client.data.ingest.volume import (
     Array,
     Volume,
     require_finite,
+    volume_asked_for,
 )
 from consilium_common.errors import ConsiliumError
 
@@ -94,7 +95,7 @@ def read_nrrd(path: Path, channel: int | None = None) -> Volume:
     with reading(path, "NRRD file"):
         header, offset = _header(path)
         layers, affine = _layers(header, offset, path)
-        values = layers[_index(layers.shape[0], channel, path)]
+        values = layers[volume_asked_for(layers.shape[0], channel, path)]
     return _volume(values, affine, path)
 
 
@@ -303,24 +304,6 @@ def _affine(header: Mapping[str, Any], axes: int, path: Path) -> tuple[Affine, l
         affine[:3, column] = signs * rows[axis]
     affine[:3, 3] = signs * np.asarray(origin, dtype=np.float64)
     return affine, spatial
-
-
-def _index(count: int, channel: int | None, path: Path) -> int:
-    if channel is None and count > 1:
-        raise ConsiliumError(
-            "data.dimensions",
-            f"The NRRD file holds {count} volumes and the case list names none of them.",
-            where=str(path),
-            hint=f"Give each channel its column, with {path.name}#0, {path.name}#1 and so on.",
-        )
-    if (channel or 0) >= count:
-        raise ConsiliumError(
-            "data.dimensions",
-            f"Volume {channel} is asked for, the file has {count} (counted from 0).",
-            where=str(path),
-            hint="Correct the number behind #, or restore the file with all its channels.",
-        )
-    return channel or 0
 
 
 # --- values ------------------------------------------------------------------------------------

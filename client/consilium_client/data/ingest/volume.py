@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -114,6 +115,31 @@ def require_same_grid(
             where=where,
             hint=hint,
         )
+
+
+def volume_asked_for(count: int, channel: int | None, path: Path) -> int:
+    """Return which of a file's ``count`` volumes is meant; ``channel`` is what stands behind #.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.dimensions``.
+    """
+    if channel is None and count > 1:
+        raise ConsiliumError(
+            "data.dimensions",
+            f"The file holds {count} volumes and the case list names none of them.",
+            where=str(path),
+            hint=f"Give each channel its column, with {path.name}#0, {path.name}#1 and so on.",
+        )
+    if (channel or 0) >= count:
+        raise ConsiliumError(
+            "data.dimensions",
+            f"Volume {channel} is asked for, the file has {count} (counted from 0).",
+            where=str(path),
+            hint="Correct the number behind #, or restore the file with all its channels.",
+        )
+    return channel or 0
 
 
 def require_finite(values: Array, affine: Affine, where: str) -> None:
