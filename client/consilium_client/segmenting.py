@@ -67,11 +67,11 @@ def segment_case(
     ------
     ConsiliumError
         ``study.no-results``, ``study.ambiguous``, ``study.not-finished``, ``study.task``,
-        ``data.unknown-case``, ``data.format``, ``usage.output``, and whatever is wrong with the
-        site's data.
+        ``data.unknown-case``, ``data.format``, ``usage.output``, ``state.exists``, and whatever is
+        wrong with the site's data.
     """
     from consilium_client.data.cohort import open_cohort
-    from consilium_client.data.export import require_new
+    from consilium_common.files import require_new
 
     form = form or _form_of(out)
     require_new(out)

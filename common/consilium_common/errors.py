@@ -22,6 +22,12 @@ EXIT_STATUS: Final[dict[str, int]] = {
 WARNINGS_ONLY: Final = 10
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with escapes for all that commands a terminal or is no text, as names of
+    files may hold it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class ConsiliumError(Exception):
     """An error that names what happened, where, and what to do about it.
 
@@ -45,8 +51,7 @@ class ConsiliumError(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
-        # A file's name may hold bytes that are no text: no terminal and no JSON takes them.
-        self.where = where.encode(errors="backslashreplace").decode()
+        self.where = printable(where)
         self.hint = hint
 
     @property

@@ -61,6 +61,42 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, durable: bool
         ) from error
 
 
+def require_new(path: Path) -> None:
+    """Check that nothing of this name is there and that the folder to write in is.
+
+    Raises
+    ------
+    ConsiliumError
+        ``state.exists`` or ``state.folder``.
+    """
+    if path.exists() or path.is_symlink():
+        raise ConsiliumError(
+            "state.exists",
+            "There is a file of this name already; it is not overwritten.",
+            where=str(path),
+            hint="Choose another name, or move the file away.",
+        )
+    if not path.parent.is_dir():
+        raise ConsiliumError(
+            "state.folder",
+            "The folder to write in does not exist.",
+            where=str(path.parent),
+            hint="Make it first, or choose another.",
+        )
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, whole or not at all (mode 0600).
+
+    Raises
+    ------
+    ConsiliumError
+        As :func:`require_new` and :func:`write_atomic`.
+    """
+    require_new(path)
+    write_atomic(path, content)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in ``folder`` durable (POSIX needs an fsync of the folder itself)."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from consilium_common.canonical import canonical_json
-from consilium_common.errors import ConsiliumError
+from consilium_common.files import write_new
 from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.ledger.entries import time_text
 from consilium_common.wire.statements import sign
@@ -69,21 +69,5 @@ def write_records(home: ServerHome, site: str, path: Path) -> dict[str, Any]:
         ``state.exists``: evidence is never overwritten; ``state.disk``.
     """
     records = site_records(home, site)
-    try:
-        with path.open("xb") as stream:
-            stream.write(canonical_json(records) + b"\n")
-    except FileExistsError as error:
-        raise ConsiliumError(
-            "state.exists",
-            "There is a file of this name already; evidence is never overwritten.",
-            where=str(path),
-            hint="Choose another name.",
-        ) from error
-    except OSError as error:
-        raise ConsiliumError(
-            "state.disk",
-            f"Cannot write the file: {error.strerror or error}.",
-            where=str(path),
-            hint="Choose a folder that is there and writable.",
-        ) from error
+    write_new(path, canonical_json(records) + b"\n")
     return records

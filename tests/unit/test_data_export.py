@@ -247,10 +247,14 @@ def test_the_frames_of_a_multi_frame_image_find_their_places(tmp_path: Path) -> 
 def test_nothing_is_written_over_or_under_a_wrong_name(tmp_path: Path) -> None:
     there = tmp_path / "there.nii"
     there.write_text("precious")
-    for path in (there, tmp_path / "out.img", tmp_path / "absent" / "out.nii"):
+    for path, code in (
+        (there, "state.exists"),
+        (tmp_path / "out.img", "usage.output"),
+        (tmp_path / "absent" / "out.nii", "state.folder"),
+    ):
         with pytest.raises(ConsiliumError) as caught:
             export_nifti(np.zeros((2, 2, 2), np.uint8), np.eye(4), path)
-        assert caught.value.code == "usage.output"
+        assert caught.value.code == code
     assert there.read_text() == "precious"
     with pytest.raises(ConsiliumError) as caught:
         write_slices(tmp_path / "ct", np.zeros((3, 3, 3)))
@@ -327,7 +331,7 @@ def test_the_final_model_draws_on_the_image_as_it_came(
             segment_case(home, which, case, tmp_path / out, **options)
         return caught.value.code
 
-    assert code("tiny", "dicom", "out.dcm") == "usage.output"
+    assert code("tiny", "dicom", "out.dcm") == "state.exists"
     assert code("tiny", "dicom", "out.xyz") == "usage.output"
     assert code("tiny", "absent", "new.nii") == "data.unknown-case"
     assert code("tiny", "scan1", "new.dcm") == "data.format"

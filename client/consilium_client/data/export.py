@@ -17,7 +17,7 @@ from consilium_client.data.ingest.dicom_headers import Header
 from consilium_client.data.ingest.volume import LPS_TO_RAS, Affine, Array, Volume
 from consilium_common import __version__
 from consilium_common.errors import ConsiliumError
-from consilium_common.files import write_atomic
+from consilium_common.files import write_new
 
 _PRODUCT: Final = "Consilium"
 #: Far above a scanner's own series, so that a viewer lists the segmentation last.
@@ -70,7 +70,7 @@ def export_nifti(labels: Array, affine: Affine, path: Path) -> None:
     Raises
     ------
     ConsiliumError
-        ``usage.output`` for another ending or where the file is there already; ``state.disk``.
+        ``usage.output`` for another ending, ``state.exists``, ``state.folder``, ``state.disk``.
     """
     import nibabel
 
@@ -89,7 +89,7 @@ def export_nifti(labels: Array, affine: Affine, path: Path) -> None:
     content: bytes = image.to_bytes()
     if path.name.lower().endswith(".gz"):
         content = gzip.compress(content, mtime=0)
-    _write_new(path, content)
+    write_new(path, content)
 
 
 def export_dicom_seg(
@@ -123,7 +123,7 @@ def export_dicom_seg(
     ------
     ConsiliumError
         ``data.format`` where the image is no DICOM series or lacks what a SEG must repeat;
-        ``usage.output``, ``state.disk``, and as the readers say.
+        ``state.exists``, ``state.folder``, ``state.disk``, and as the readers say.
     """
     import highdicom
 
@@ -178,36 +178,7 @@ def export_dicom_seg(
             where=where,
             hint="Write NIfTI: --format nifti. The original export of the series may have it.",
         ) from error
-    _write_new(path, stream.getvalue())
-
-
-def require_new(path: Path) -> None:
-    """Check that a file is not there yet and that its folder is.
-
-    Raises
-    ------
-    ConsiliumError
-        ``usage.output``.
-    """
-    if path.exists() or path.is_symlink():
-        raise ConsiliumError(
-            "usage.output",
-            "The file is there already; nothing is written over.",
-            where=str(path),
-            hint="Choose another name, or move the file away.",
-        )
-    if not path.parent.is_dir():
-        raise ConsiliumError(
-            "usage.output",
-            "The folder to write in does not exist.",
-            where=str(path.parent),
-            hint="Make it first, or choose another.",
-        )
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    require_new(path)
-    write_atomic(path, content)
+    write_new(path, stream.getvalue())
 
 
 def _source(path: Path) -> Any:

@@ -328,19 +328,14 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The file to write.")],
 ) -> None:
     """Write a ledger as one line of canonical JSON per entry, to hand to an auditor."""
+    from consilium_common.files import require_new
     from consilium_common.ledger.store import Ledger
 
     if out.suffix != ".jsonl":
         raise ConsiliumError(
             "usage.export", "An export ends in .jsonl.", where=str(out), hint="Rename the output."
         )
-    if out.exists():
-        raise ConsiliumError(
-            "state.exists",
-            "The file exists; an earlier export is evidence and is not overwritten.",
-            where=str(out),
-            hint="Choose another name.",
-        )
+    require_new(out)
     with Ledger.open(ledger) as opened:
         head = opened.export_jsonl(out)
         site = opened.site

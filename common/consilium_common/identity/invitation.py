@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilium_common.errors import ConsiliumError
-from consilium_common.files import write_atomic
+from consilium_common.files import write_new
 from consilium_common.identity.certificates import check_issued, load_certificate
 
 
@@ -36,11 +36,7 @@ class Invitation(BaseModel):
 
 def write_invitation(path: Path, invitation: Invitation) -> None:
     """Write the file with mode 0600; an existing file is not overwritten."""
-    if path.exists():
-        raise ConsiliumError(
-            "state.exists", "The file exists already.", where=str(path), hint="Choose another name."
-        )
-    write_atomic(path, invitation.model_dump_json(by_alias=True, indent=2).encode() + b"\n")
+    write_new(path, invitation.model_dump_json(by_alias=True, indent=2).encode() + b"\n")
 
 
 def read_invitation(path: Path, *, now: datetime | None = None) -> Invitation:
