@@ -22,14 +22,29 @@ class SiteHome:
 
     @classmethod
     def create(cls, path: Path) -> SiteHome:
-        """Create the folder where it is missing."""
-        return cls(private_folder(path.expanduser().resolve()))
+        """Create the folder where it is missing.
+
+        Raises
+        ------
+        ConsiliumError
+            ``state.not-a-site`` for a folder of something else that others use: a site's folder
+            is closed to them.
+        """
+        path = path.expanduser().resolve()
+        if _holds_something_else(path):
+            raise ConsiliumError(
+                "state.not-a-site",
+                "The folder holds something else, and would be closed to other users.",
+                where=str(path),
+                hint="Give a new folder with --home; the site's state needs one of its own.",
+            )
+        return cls(private_folder(path))
 
     @classmethod
     def existing(cls, path: Path) -> SiteHome:
         """Open a folder that `site join` or `site data import` has made."""
         path = path.expanduser().resolve()
-        if not path.is_dir():
+        if not path.is_dir() or _holds_something_else(path):
             raise ConsiliumError(
                 "state.no-site",
                 "There is no site here.",
@@ -111,3 +126,9 @@ class SiteHome:
         """
         name = hashlib.sha256(str(self.path).encode()).hexdigest()[:16]
         return private_folder(Path(tempfile.gettempdir()) / f"consilium-{name}") / "wake"
+
+
+def _holds_something_else(path: Path) -> bool:
+    """Whether a folder has content, is open to others and has none of a site's own files."""
+    shared = path.is_dir() and bool(path.stat().st_mode & 0o077) and any(path.iterdir())
+    return shared and not any((path / name).exists() for name in ("site.json", "identity"))

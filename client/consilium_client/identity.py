@@ -147,10 +147,10 @@ def join(home: SiteHome, invitation_file: Path) -> SiteConfig:
     save_private(folder / "ledger-key.pem", signer)
     # Flower reads OpenSSH's format only; it is the same key.
     write_atomic(folder / "site-key.openssh", openssh_pem(key))
-    write_atomic(folder / "authority.pem", invitation.authority_pem.encode(), mode=0o644)
-    write_atomic(folder / "site.pem", certificate_pem.encode(), mode=0o644)
-    write_atomic(folder / "ledger-signer.pem", signer_pem.encode(), mode=0o644)
-    write_atomic(folder / "ledger-public.pem", public_pem(signer.public_key()), mode=0o644)
+    write_atomic(folder / "authority.pem", invitation.authority_pem.encode())
+    write_atomic(folder / "site.pem", certificate_pem.encode())
+    write_atomic(folder / "ledger-signer.pem", signer_pem.encode())
+    write_atomic(folder / "ledger-public.pem", public_pem(signer.public_key()))
     config = SiteConfig(certified.name, invitation.consortium, invitation.address)
     write_atomic(home.config, json.dumps(asdict(config), indent=2).encode() + b"\n")
     return config

@@ -173,7 +173,7 @@ class Witnessing:
             )
         path = self._home.witness_certificate
         if not path.exists():
-            write_atomic(path, pem.encode(), mode=0o644)
+            write_atomic(path, pem.encode())
         elif describe(read_certificate(path)).public_key != key:
             raise ConsiliumError(
                 "identity.witness-changed",

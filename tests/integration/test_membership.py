@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from federation import Federation, Site, consilium, small_study, wait_for
 
+from consilium_client.data.doctor.fixes import open_to_others
+from consilium_client.home import SiteHome
 from consilium_common.demo.hospitals import NAMES
 
 
@@ -82,6 +84,8 @@ def test_private_keys_are_readable_by_their_owner_alone(federation: Federation) 
     assert len(keys) >= 3 + 3 * 3
     for path in (*folders, *keys):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+    for site in federation.sites.values():
+        assert open_to_others(SiteHome(site.home)) == ()  # what the doctor holds a site to
 
 
 def test_a_revoked_site_is_refused_while_it_is_connected_and_left_out_of_its_study(

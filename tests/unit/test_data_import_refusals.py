@@ -76,6 +76,18 @@ def test_a_name_that_is_no_text_is_refused_and_can_be_printed(tmp_path: Path) ->
     assert json.dumps(finding.to_dict(), ensure_ascii=False).encode()
 
 
+def test_a_name_that_commands_the_terminal_is_shown_as_text(tmp_path: Path) -> None:
+    folder = pairs(tmp_path / "data", "red\x1b[31m", "b")
+    (folder / "labels" / "red\x1b[31m.nii.gz").write_bytes(b"")
+    error = refusal(tmp_path, folder)
+    assert "\x1b" not in error.where and r"red\x1b[31m" in error.where
+    imported(tmp_path, write_pairs(tmp_path / "good", 1))
+    listed = tmp_path / "home" / "data" / "cases.csv"
+    listed.write_text(listed.read_text().replace("scan0,", "scan\x1b[31m,"))
+    home = ["--home", str(tmp_path / "home")]
+    assert "\x1b[31m" not in CliRunner().invoke(data_app, ["list", *home]).stdout
+
+
 def test_long_names_are_shortened_and_stay_apart(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     classes(folder, "ill", "well", file="p" * 240 + "1")
@@ -159,6 +171,27 @@ def test_a_closed_folder_of_dicom_is_never_passed_over(tmp_path: Path, closed: P
 def test_a_folder_that_detection_may_not_look_at_is_named(tmp_path: Path, closed: Path) -> None:
     error = refusal(tmp_path, classes(tmp_path / "data", "P1", "P2", "P3"))
     assert error.code == "data.missing" and error.where == str(closed)
+
+
+def test_a_folder_of_something_else_is_never_made_a_site_and_closed(tmp_path: Path) -> None:
+    folder = pairs(tmp_path / "data", "a")
+    folder.chmod(0o755)
+    for arguments in (["list"], ["import", str(folder)]):
+        answer = CliRunner().invoke(data_app, [*arguments, "--home", str(folder)])
+        assert answer.exit_code == 8
+    assert "state.not-a-site" in answer.stderr
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "labels"]
+
+
+def test_a_broken_dicomdir_in_the_tree_is_one_finding(tmp_path: Path) -> None:
+    files = write_slices(tmp_path / "data" / "P1", 100 * MASK)
+    write_seg(tmp_path / "data" / "P1" / "seg.dcm", files, MASK, "liver")
+    (tmp_path / "data" / "CD" / "x").mkdir(parents=True)
+    (tmp_path / "data" / "CD" / "DICOMDIR").write_bytes(b"rubbish")
+    assert refusal(tmp_path, tmp_path / "data").code == "data.truncated"
+    outcome = imported(tmp_path, tmp_path / "data", skip_bad=True)
+    assert outcome.counts()["cases"] == 1 and len(outcome.left_out) == 1
 
 
 # --- lists and options -------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from consilium_client.data.pacs.cli import pull_
 from consilium_client.data.terminal import HERE, Home, progress_shown
 from consilium_client.home import SiteHome
 from consilium_common.console import command, err, note, result
-from consilium_common.errors import WARNINGS_ONLY, ConsiliumError
+from consilium_common.errors import WARNINGS_ONLY, ConsiliumError, printable
 from consilium_common.report.wording import plural
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def list_(home: Home = HERE) -> None:
             shape = " × ".join(str(n) for n in row["shape"] or ())
             spacing = " × ".join(f"{n:.3g}" for n in row["spacing"] or ())
             cells = (row["case_id"], row["patient"][:8], row["split"], shape, spacing)
-            table.add_row(*(Text(cell) for cell in (*cells, row["label"])))
+            table.add_row(*(Text(printable(cell)) for cell in (*cells, row["label"])))
         console.print(table)
         console.print(
             f"In the cache: {in_words(imported)} of cases, {in_words(prepared)} prepared for "

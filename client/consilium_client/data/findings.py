@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from consilium_client.data.rules import Severity, rule_of
-from consilium_common.errors import ConsiliumError
+from consilium_common.errors import ConsiliumError, printable
 from consilium_common.files import write_atomic
 from consilium_common.report.wording import plural
 
@@ -43,10 +43,8 @@ class Finding:
     pictures: tuple[bytes, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # File names may hold bytes that are no text: no report takes them.
         for name in ("case", "where"):
-            text = getattr(self, name).encode(errors="backslashreplace").decode()
-            object.__setattr__(self, name, text)
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     @property
     def severity(self) -> Severity:

@@ -105,7 +105,7 @@ class DicomImporter:
         labels = Labels(root, headers, choices)
         good = self._good_series(series, root, findings)
         media = [folder, *(path for path in files if path.name.upper() == _DIRECTORY)]
-        findings += [gap for path in media if path.is_file() for gap in dicomdir_findings(path)]
+        findings += [gap for path in media if path.is_file() for gap in _gaps(path)]
         neighbours: dict[Path, set[str]] = defaultdict(set)
         for header in images:
             neighbours[header.path.parent].add(header.series)
@@ -191,6 +191,14 @@ def _walk(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _gaps(media: Path) -> list[Finding]:
+    """Return what a DICOMDIR refers to in vain; one that is broken itself is a finding too."""
+    try:
+        return dicomdir_findings(media)
+    except ConsiliumError as error:
+        return [Finding.of(media.parent.name, error)]
 
 
 def _studies(
