@@ -37,7 +37,7 @@ def test_import_list_check_and_purge(tmp_path: Path) -> None:
     status, out, _ = call(tmp_path, "check")
     # A cohort of three is a warning, and nothing else is wrong.
     assert status == WARNINGS_ONLY
-    assert "3 cases of 3 patients are good; 0 had changed" in out and "1 warning" in out
+    assert "Good: 3 cases of 3 patients; 0 read again" in out and "1 warning" in out
     status, out, _ = call(tmp_path, "purge")
     assert status == 0 and out.startswith("Deleted ")
 

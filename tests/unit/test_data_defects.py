@@ -287,7 +287,7 @@ def test_a_dicomdir_leads_to_files_below_its_folder_only(tmp_path: Path) -> None
     found = read_dicomdir(medium / "DICOMDIR")
     assert len(found) == 24 and all(path.is_relative_to(medium) for path in found)
     (finding,) = dicomdir_findings(medium / "DICOMDIR")
-    assert finding.code == "data.missing" and finding.message.startswith("7 files")
+    assert finding.code == "data.missing" and "7 files" in finding.message
     (tmp_path / "7765403").mkdir()
     shutil.move(medium / "77654033" / "CR1", tmp_path / "7765403" / "CR1")
     (medium / "DICOMDIR").write_bytes(content.replace(rb"77654033\CR1", rb"..\7765403\CR1"[:12]))

@@ -212,7 +212,7 @@ def test_a_second_check_reads_only_what_has_changed(
     assert read == []
     os.utime(folder / "images" / "scan2.nii.gz", (1, 1))
     _, out, _ = call(tmp_path, "data", "check")
-    assert sorted(set(read)) == ["scan2.nii.gz"] and "1 had changed" in out
+    assert sorted(set(read)) == ["scan2.nii.gz"] and "1 read again" in out
 
 
 def test_an_interrupted_scan_goes_on_from_its_last_batch(

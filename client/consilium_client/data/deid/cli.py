@@ -11,6 +11,7 @@ from consilium_client.data.terminal import HERE, Home, progress_shown
 from consilium_client.home import SiteHome
 from consilium_common.console import command, note, result
 from consilium_common.errors import ConsiliumError
+from consilium_common.report.wording import plural
 
 if TYPE_CHECKING:
     from consilium_client.data.deid.copying import Copied
@@ -90,7 +91,7 @@ def _kept(words: list[str]) -> tuple[str, ...]:
 def _tell(copied: Copied, home: SiteHome, *, included: bool) -> None:
     """Say on stderr what a person should look at; the pictures stay in the site's home."""
     for reason, paths in copied.passed_over.items():
-        note(f"Not copied, {reason}: {len(paths)} files.")
+        note(f"Not copied, {reason}: {plural(len(paths), 'file')}.")
         for path in paths[:20]:
             note(f"  {path}")
         if len(paths) > 20:

@@ -70,8 +70,8 @@ def words(home: SiteHome, outcome: DataOutcome, page: Path | None) -> str:
     )
     lines = [
         *outcome.fixed,
-        f"{plural(counts['cases'], 'case')} of {plural(counts['patients'], 'patient')} are good; "
-        f"{counts['read']} had changed and were read again.",
+        f"Good: {plural(counts['cases'], 'case')} of {plural(counts['patients'], 'patient')}; "
+        f"{counts['read']} read again because of a change.",
         warned,
         f"The page is {page or home.reports / 'data-check.html'}.",
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from consilium_client.data.findings import Finding, reading
 from consilium_client.data.ingest.dicom_file import open_dicom, quietly
 from consilium_common.errors import ConsiliumError
+from consilium_common.report.wording import plural
 
 
 def read_dicomdir(path: Path) -> list[Path]:
@@ -38,7 +39,7 @@ def dicomdir_findings(path: Path) -> list[Finding]:
         return []
     error = ConsiliumError(
         "data.missing",
-        f"{len(absent)} files that the DICOMDIR refers to are not in its folder.",
+        f"Not in the folder of the DICOMDIR that refers to them: {plural(len(absent), 'file')}.",
         where=f"{path}, first {'/'.join(absent[0])}",
         hint="Copy the whole medium again, or leave out the series that lack files.",
     )

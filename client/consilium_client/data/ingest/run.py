@@ -24,6 +24,7 @@ from consilium_client.data.match import class_names
 from consilium_client.data.schema import Case, SiteManifest
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
+from consilium_common.report.wording import plural
 
 #: From so many unread cases on, child processes read them: starting them takes half a second.
 _WORTH_CHILDREN: Final = 9
@@ -93,7 +94,7 @@ def ingest(
         free = make_room(home, needed, manifest.site.cache_quota_gib)
         if say is not None:
             say(
-                f"{len(unread)} cases to read: about {in_words(needed)} in the cache; "
+                f"{plural(len(unread), 'case')} to read: about {in_words(needed)} in the cache; "
                 f"{in_words(free)} are free on its disk."
             )
         children = _children_for([case.located for case in unread.values()], needed)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from consilium_client.data.looking.montage import COLOURS
 from consilium_client.data.looking.stats import UNKNOWN, CohortStatistics, Spread
 from consilium_common.files import write_atomic
+from consilium_common.report.wording import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ def statistics_table(console: Console, found: CohortStatistics) -> None:
         table.add_row(Text(name), Text(value))
 
     unusable = f"; {found.unusable} more cannot be used" if found.unusable else ""
-    row("cohort", f"{found.cases} cases of {found.patients} patients{unusable}")
+    row("cohort", f"{_size_of(found)}{unusable}")
     for split, (patients, cases) in found.splits.items():
         row(f"  {split}", f"{patients} patients, {cases} cases")
     row("voxels", " × ".join(_spread(one) for one in found.shapes))
@@ -73,6 +74,10 @@ def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
+def _size_of(found: CohortStatistics) -> str:
+    return f"{plural(found.cases, 'case')} of {plural(found.patients, 'patient')}"
+
+
 def write_plots(found: CohortStatistics, path: Path) -> Path:
     """Write one PNG page of plots and return its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -82,9 +87,7 @@ def write_plots(found: CohortStatistics, path: Path) -> Path:
     rows = -(-len(panels) // 3)
     figure = Figure(figsize=(12, 3.1 * rows + 0.5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(
-        f"{found.site}: {found.cases} cases of {found.patients} patients. For this site alone."
-    )
+    figure.suptitle(f"{found.site}: {_size_of(found)}. For this site alone.")
     cells = figure.subplots(rows, 3, squeeze=False).ravel()
     for cell in cells[len(panels) :]:
         cell.set_axis_off()

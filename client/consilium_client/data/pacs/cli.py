@@ -16,6 +16,7 @@ import typer
 from consilium_client.home import SiteHome
 from consilium_common.console import command, err, note, result
 from consilium_common.errors import ConsiliumError
+from consilium_common.report.wording import plural
 
 if TYPE_CHECKING:
     from consilium_client.data.pacs.archive import Archive
@@ -197,7 +198,7 @@ def _tell_unmatched(selection: Selection, name: str) -> None:
         lines = ", ".join(str(line) for line in selection.unmatched[:20])
         rest = len(selection.unmatched) - 20
         more = f" and {rest} more" if rest > 0 else ""
-        note(f"Nothing fits for line {lines}{more} of {name}.")
+        note(f"Nothing fits for line {lines}{more} of {'standard input' if name == '-' else name}.")
 
 
 def _counts(selection: Selection) -> dict[str, Any]:
@@ -219,8 +220,8 @@ def _described(counts: dict[str, Any]) -> str:
     unknown = counts["series_of_unknown_size"]
     kinds = ", ".join(f"{number} {name}" for name, number in counts["modalities"].items())
     return (
-        f"{counts['series']} series ({kinds}) in {counts['studies']} studies of "
-        f"{counts['patients']} patients: {counts['images']} images"
+        f"{counts['series']} series ({kinds}) in {plural(counts['studies'], 'study')} of "
+        f"{plural(counts['patients'], 'patient')}: {plural(counts['images'], 'image')}"
         + (f", and {unknown} series whose size the archive does not tell." if unknown else ".")
         + "\nNothing was pulled (--dry-run)."
     )
