@@ -27,7 +27,10 @@ _WORD: Final = re.compile(r"[^\W_]+")
 _UID: Final = re.compile(r"\d+(?:\.\d+){4,}")
 _UUID_UID: Final = re.compile(r"(?<![\d.])2\.25\.\d+(?![\d.]*\d)")
 _UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE)
-_HASH: Final = re.compile(r"(?<![0-9a-z])[0-9a-f]{32,64}(?![0-9a-z])", re.IGNORECASE)
+#: Keyed hashes, and the pseudonyms of :class:`~consilium_client.data.split.PatientKey`.
+_HASH: Final = re.compile(
+    r"(?<![0-9a-z])(?:[0-9a-f]{32,64}|[a-z2-7]{64})(?![0-9a-z])", re.IGNORECASE
+)
 _DATE: Final = re.compile(r"(?<!\d)(\d{4})([-_. ]?)(\d{2})\2(\d{2})(?!\d)")
 _DAY_FIRST: Final = re.compile(r"(?<!\d)(\d{1,2})([-_.])(\d{1,2})\2(\d{4})(?!\d)")
 DATES: Final = (_DATE, _DAY_FIRST)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import os
@@ -12,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESSIV
+
 from consilium_client.data.schema import Case, SplitFractions
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
@@ -21,6 +26,8 @@ Split = Literal["train", "validation", "test"]
 SPLITS: Final[tuple[Split, ...]] = ("train", "validation", "test")
 
 KEY_BYTES: Final = 32
+_NAME_BYTES: Final = 16
+_PSEUDONYM_LENGTH: Final = 64
 
 # Each use of the key has its own prefix, so that no hash of one use tells about another.
 _NAME: Final = b"consilium/patient/v1\0"
@@ -47,28 +54,28 @@ class PatientKey:
         A pseudonym that this key has given means the patient it was given to: a de-identified copy
         of the cohort is the same patients, with the same budget and the same split.
         """
-        if self._gave(patient_id):
-            return patient_id.strip()[:32]
-        return self._mac(_NAME, patient_id).hex()[:32]
+        given = self._given(patient_id)
+        return (given or self._mac(_NAME, patient_id))[:_NAME_BYTES].hex()
 
     def pseudonym(self, patient_id: str) -> str:
         """Return what stands for the patient's number in a de-identified copy.
 
-        60 hexadecimal digits (a DICOM LO has room for 64): the patient's name, the point of their
-        split, and a check by which this key knows its own pseudonyms. Without the key it tells
-        nothing.
+        64 characters, as many as a DICOM LO has room for: the patient's name and place on the line
+        of splits, encrypted under this key (AES-SIV, RFC 5297), so that the copy cannot be laid
+        beside the ledger by anybody without it. The same patient always gets the same one.
         """
-        if self._gave(patient_id):
+        if self._given(patient_id) is not None:
             return patient_id.strip()
-        body = self.name(patient_id) + self._mac(_SPLIT, patient_id).hex()[:16]
-        return body + self._mac(_PSEUDONYM, body).hex()[:12]
+        body = self._mac(_NAME, patient_id)[:_NAME_BYTES] + self._mac(_SPLIT, patient_id)[:8]
+        return base64.b32encode(self._cipher().encrypt(body, None)).decode().lower()
 
     def split(self, patient_id: str, fractions: SplitFractions) -> Split:
         """Return the patient's split; it depends on this patient and the fractions alone."""
         # 64 bits as a number in [0, 1): the same patient always falls on the same point of the
         # line, whoever else is in the cohort.
-        digits = patient_id.strip()[32:48] if self._gave(patient_id) else ""
-        point = int(digits or self._mac(_SPLIT, patient_id).hex()[:16], 16) / 2**64
+        given = self._given(patient_id)
+        place = given[_NAME_BYTES:] if given else self._mac(_SPLIT, patient_id)[:8]
+        point = int.from_bytes(place, "big") / 2**64
         if point < fractions.test:
             return "test"
         if point < fractions.test + fractions.validation:
@@ -80,13 +87,18 @@ class PatientKey:
         """Value that tells two keys apart without revealing either, 64 hexadecimal digits."""
         return hmac.new(self.secret, _CHECK, hashlib.sha256).hexdigest()
 
-    def _gave(self, patient_id: str) -> bool:
-        """Whether this key has given ``patient_id`` as a pseudonym."""
+    def _given(self, patient_id: str) -> bytes | None:
+        """Return what is inside a pseudonym of this key; None for every other identifier."""
         text = patient_id.strip()
-        if len(text) != 60:
-            return False
-        check = self._mac(_PSEUDONYM, text[:48]).hex()[:12]
-        return hmac.compare_digest(text[48:].encode(), check.encode())
+        if len(text) != _PSEUDONYM_LENGTH:
+            return None
+        try:
+            return self._cipher().decrypt(base64.b32decode(text, casefold=True), None)
+        except (binascii.Error, ValueError, InvalidTag):
+            return None
+
+    def _cipher(self) -> AESSIV:
+        return AESSIV(hmac.new(self.secret, _PSEUDONYM, hashlib.sha256).digest())
 
     def _mac(self, use: bytes, patient_id: str) -> bytes:
         # Spaces around (DICOM pads to even length) and the Unicode form are not identity.

@@ -92,9 +92,9 @@ def new_uid(key: PatientKey, uid: str) -> str:
     return f"2.25.{int.from_bytes(mac[:16], 'big')}"
 
 
-def days_back(key: PatientKey, pseudonym: str) -> int:
+def days_back(key: PatientKey, patient: str) -> int:
     """Return by how many days this patient's dates move into the past: 1 to 3650."""
-    mac = hmac.new(key.secret, _SHIFT + pseudonym[:32].encode(), hashlib.sha256).digest()
+    mac = hmac.new(key.secret, _SHIFT + key.name(patient).encode(), hashlib.sha256).digest()
     return 1 + int.from_bytes(mac[:8], "big") % _LONGEST_SHIFT
 
 
@@ -131,7 +131,7 @@ def _clean(dataset: Any, key: PatientKey, rules: Rules, patient: str) -> Counter
     cleaner = _Cleaner(
         key=key,
         rules=rules,
-        shift=days_back(key, pseudonym),
+        shift=days_back(key, patient),
         kept=frozenset(word for option in rules.options for word in option.keywords),
         pattern=searcher(names | numbers),
     )
