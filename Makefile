@@ -33,11 +33,11 @@ unit: $(VENV)/.dev
 	$(RUN) -m pytest tests/unit -m "not long" -n 2
 
 integration: $(VENV)/.dev
-	$(RUN) -m pytest tests/integration tests/faults -m "not long"
+	$(RUN) -m pytest tests/integration tests/faults -m "not long" -n 2 --dist loadfile
 
 # The second stage: real studies on real images, through real processes.
 long: $(VENV)/.dev
-	$(RUN) -m pytest tests -m long
+	$(RUN) -m pytest tests -m long -n 2 --dist loadfile
 
 benchmarks: $(VENV)/.dev
 	for file in tests/benchmarks/*.py; do $(RUN) "$$file" || exit 1; done

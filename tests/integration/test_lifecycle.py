@@ -24,7 +24,7 @@ def test_a_site_that_is_stopped_leaves_no_process_behind(
 
 
 def test_a_study_goes_on_from_its_last_round_whatever_ended_it(federation: Federation) -> None:
-    rounds = 16
+    rounds = 22
     digest = federation.propose(
         small_study("outlives", training={"steps_per_round": 40}, federation={"rounds": rounds})
     )
