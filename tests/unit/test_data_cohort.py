@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from data_fixtures import (
 from consilium_client.data.cohort import Cohort, describe_cohort, open_cohort
 from consilium_client.data.importing import ImportOptions, import_folder
 from consilium_client.data.ingest.cache import cache_folder
+from consilium_client.data.ingest.sources import Sources, read_image
+from consilium_client.data.split import SPLITS
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
 from consilium_common.study import Study
@@ -101,6 +104,25 @@ def test_preparing_happens_once(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
     open_cohort(home, study(preprocessing={"spacing": [1, 1, 1]}))
     assert len(list((cache_folder(home) / "prepared").iterdir())) == 2
+
+
+def test_training_reads_no_dicom_and_no_other_original_once_it_is_imported(tmp_path: Path) -> None:
+    values = np.arange(16 * 16 * 4).reshape(16, 16, 4)
+    slices = write_slices(tmp_path / "ct", values)
+    affine = read_image(Sources(tmp_path).find("ct"))[0].affine
+    mask = write_nifti(tmp_path / "mask.nii", values > 300, affine)
+    write_list(tmp_path, [("a", "P1", "ct", "mask.nii")])
+    home = home_in(tmp_path)
+    options = ImportOptions(inputs=("ct",), labels={"background": 0, "liver": 1})
+    import_folder(home, tmp_path / "cases.csv", options)
+    for path in (*slices, mask):
+        was = path.stat()
+        path.write_bytes(bytes(was.st_size))  # nothing is left of it but its place, size and time
+        os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    cohort = open_cohort(home, study(preprocessing={"intensity": {"kind": "none"}}))
+    (case,) = [c for split in SPLITS for patient in cohort.patients(split) for c in patient.cases]
+    assert np.array_equal(np.sort(case.image().ravel()), values.ravel())
+    assert case.label().sum() == (values > 300).sum()
 
 
 def test_a_patient_taken_from_the_list_leaves_the_cache(tmp_path: Path) -> None:
