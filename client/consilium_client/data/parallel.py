@@ -40,14 +40,16 @@ def spread(
         Processes (default: one per core for many items, none for a few).
     otherwise : callable, optional
         Where the function may end its process, as some decoders do on a damaged file: what such
-        an item gives. No item is then worked on in this process.
+        an item gives. No item is then worked on in the command's own process.
     """
     chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
     if workers is None:
         workers = _cores() if len(items) >= _MANY else 1
     workers = min(workers, len(chunks))
-    # Daemonic processes may have no children.
-    if (workers < 2 and otherwise is None) or multiprocessing.current_process().daemon:
+    # In a child of ours a crash is known to the parent, and one process apart is enough; daemonic
+    # processes may have no children at all.
+    apart = otherwise is not None and multiprocessing.parent_process() is None
+    if (workers < 2 and not apart) or multiprocessing.current_process().daemon:
         yield from map(function, items)
         return
     done = 0

@@ -12,6 +12,7 @@ from consilium_client.data.doctor.memory import Memory, Remembered, files_key
 from consilium_client.data.doctor.patients import listed_cases, person_name
 from consilium_client.data.findings import Finding
 from consilium_client.data.ingest.case import locate
+from consilium_client.data.ingest.dicom_file import is_compressed
 from consilium_client.data.ingest.dicom_headers import Header, read_header
 from consilium_client.data.ingest.sources import Source, Sources
 from consilium_client.data.manifest import Manifest
@@ -138,15 +139,24 @@ def _scanned(new: Sequence[_Files], root: Path, key: PatientKey) -> dict[str, Re
     series = [found for found in new if any(one.kind == "dicom" for one in found.sources)]
     workers = len(os.sched_getaffinity(0)) if len(series) >= _MANY else 1
     persons: dict[str, set[str]] = {found.case: set() for found in new}
-    for found, (burned, named) in zip(
-        series, spread(_looked_at, series, workers=workers), strict=True
-    ):
+    # Decoders may end their process on a damaged file; the ingest will name it.
+    risky = any(
+        one.kind == "dicom" and is_compressed(one.files[0])
+        for found in series
+        for one in found.sources
+    )
+    looks = spread(_looked_at, series, workers=workers, otherwise=_unseen if risky else None)
+    for found, (burned, named) in zip(series, looks, strict=True):
         by_case[found.case] += burned
         persons[found.case] = {person_name(person, key) for person in named} - {""}
     return {
         found.case: Remembered(tuple(by_case[found.case]), tuple(sorted(persons[found.case])))
         for found in new
     }
+
+
+def _unseen(_: _Files) -> tuple[list[Finding], set[str]]:
+    return [], set()
 
 
 def _looked_at(found: _Files) -> tuple[list[Finding], set[str]]:
