@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from consilium_client.data.ingest.run import ingest, using
 from consilium_client.data.ingest.volume import Affine
 from consilium_client.data.manifest import Manifest, load_manifest
 from consilium_client.data.match import Match, class_names, match_study
+from consilium_client.data.parallel import side_by_side
 from consilium_client.data.prepare import restore_label
 from consilium_client.data.prepared import content_of, prepare_case, recipe_of, require_room
 from consilium_client.data.schema import Case
@@ -201,19 +203,26 @@ def _open_cohort(
     entries = outcome.entries.values()
     require_room(home, folder, entries, study, quota_gib=manifest.site.cache_quota_gib, say=say)
     found: dict[str, list[CaseData]] = {}
-    left_out = 0
-    with FolderWriter(folder) as writer:
-        for number, case in enumerate(manifest.cases, start=1):
+    classes: dict[str, npt.NDArray[Any]] = {}
+    if study.task.kind == "classification":
+        classes = {
+            case.case_id: label
+            for case in manifest.cases
+            if (label := _class_label(case, manifest, match, study)) is not None
+        }
+    masks = study.task.kind == "segmentation"
+    taken = [case for case in manifest.cases if masks or case.case_id in classes]
+    wanted = {entry.content: entry for entry in (outcome.entries[c.case_id] for c in taken)}
+    contents = {content: content_of(folder / content) for content in wanted}
+    new = [entry for content, entry in wanted.items() if contents[content] is None]
+    made = side_by_side(lambda entry: prepare_case(entry, study, match), new)
+    with FolderWriter(folder) as writer, closing(made):
+        for number, case in enumerate(taken, start=1):
             entry = outcome.entries[case.case_id]
-            label = None
-            if study.task.kind == "classification":
-                label = _class_label(case, manifest, match, study)
-                if label is None:
-                    left_out += 1
-                    continue
-            content = content_of(folder / entry.content)
-            if content is None:
-                arrays, content = prepare_case(entry, study, match)
+            content = contents[entry.content]
+            if content is None:  # in the order in which they are made
+                arrays, content = next(made)
+                contents[entry.content] = content
                 writer.add(entry.content, arrays, content)
             name = key.name(case.patient_id)
             found.setdefault(name, []).append(
@@ -225,12 +234,12 @@ def _open_cohort(
                     original_shape=entry.original_shape,
                     original_affine=entry.original_affine,
                     covariates=case.covariates,
-                    _label=label,
+                    _label=classes.get(case.case_id),
                     _beside=beside[case.case_id],
                 )
             )
             if progress is not None:
-                progress(number, len(manifest.cases))
+                progress(number, len(taken))
     patients: dict[Split, tuple[Patient, ...]] = {
         split: tuple(
             Patient(name, tuple(found[name])) for name in sorted(found) if splits[name] == split
@@ -238,7 +247,10 @@ def _open_cohort(
         for split in SPLITS
     }
     return Cohort(
-        manifest.site.site, patients, classes=tuple(study.task.classes), left_out=left_out
+        manifest.site.site,
+        patients,
+        classes=tuple(study.task.classes),
+        left_out=len(manifest.cases) - len(taken),
     )
 
 

@@ -47,6 +47,11 @@ class Located:
         return any(source.kind == "dicom" for source in self._sources())
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all files are NIfTI or NRRD: numpy and zlib read them, safely in threads."""
+        return all(source.kind in ("nifti", "nrrd") for source in self._sources())
+
+    @property
     def may_crash(self) -> bool:
         """Whether a file is compressed DICOM: some decoders end the process on a bad file."""
         return any(

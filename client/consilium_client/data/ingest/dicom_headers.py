@@ -26,7 +26,7 @@ from consilium_common.errors import ConsiliumError
 
 __all__ = ["Header", "files_below", "index_files", "is_dicom", "numbers", "read_header"]
 
-_TAGS: Final = [
+TAGS: Final = [
     "SOPClassUID",
     "SOPInstanceUID",
     "SeriesInstanceUID",
@@ -119,7 +119,23 @@ def read_header(path: Path) -> Header | None:
         ``data.truncated`` when the file ends or breaks before its series is known,
         ``data.too-large`` or ``data.missing``.
     """
-    dataset, goes_on = open_header(path, tags=_TAGS, last_group=_LAST_GROUP)
+    dataset, goes_on = open_header(path, tags=TAGS, last_group=_LAST_GROUP)
+    return header_of(dataset, path, goes_on=goes_on)
+
+
+def header_of(dataset: Any, path: Path, *, goes_on: bool) -> Header | None:
+    """Take the header out of an opened file (:data:`TAGS`); None for a DICOMDIR.
+
+    Parameters
+    ----------
+    goes_on : bool
+        Whether anything follows the header: an image's pixels should.
+
+    Raises
+    ------
+    ConsiliumError
+        As :func:`read_header`.
+    """
     with reading(path, "DICOM file"), quietly():
         if is_directory(dataset):
             return None
@@ -214,7 +230,7 @@ def index_files(
     listed = list(paths)
     headers: list[Header] = []
     findings: list[Finding] = []
-    for done, entry in enumerate(spread(_index_one, listed, workers=workers), start=1):
+    for done, entry in enumerate(spread(index_one, listed, workers=workers), start=1):
         if isinstance(entry, Header):
             headers.append(entry)
         elif entry is not None:
@@ -224,14 +240,17 @@ def index_files(
     return headers, findings
 
 
-def _index_one(path: Path) -> Header | Finding | None:
+def index_one(
+    path: Path, read: Callable[[Path], Header | None] | None = None
+) -> Header | Finding | None:
+    """Read one file's header as :func:`index_files` does, by ``read`` (default: `read_header`)."""
     named = path.suffix.lower() == ".dcm"
     try:
         with path.open("rb") as stream:
             prefixed = has_prefix(stream.read(132))
         if not prefixed and not is_dicom(path):
             return Finding.of(path.parent.name, _misnamed(path)) if named else None
-        return read_header(path)
+        return (read or read_header)(path)
     except OSError:
         return None if not named else Finding.of(path.parent.name, _misnamed(path))
     except ConsiliumError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +22,16 @@ from consilium_client.data.ingest.volume import MAX_VOXELS, Volume, require_fini
 from consilium_common.errors import ConsiliumError
 
 
-def read_series(headers: Sequence[Header], where: str) -> tuple[Volume, list[Header]]:
+def read_series(
+    headers: Sequence[Header], where: str, opened: dict[Path, Any] | None = None
+) -> tuple[Volume, list[Header]]:
     """Read the slices of one series, whatever the order of their files.
+
+    Parameters
+    ----------
+    opened : dict, optional
+        The files as :func:`~consilium_client.data.ingest.pixels.open_slices` has opened them; it
+        is emptied. Others are opened here.
 
     Returns
     -------
@@ -67,7 +77,9 @@ def read_series(headers: Sequence[Header], where: str) -> tuple[Volume, list[Hea
     ordered = [headers[index] for index in order]
     if ordered[0].rows * ordered[0].columns * len(ordered) > MAX_VOXELS:
         raise ConsiliumError("data.too-large", "The series has more than 2^30 voxels.", where=where)
-    images = [decode(header) for header in ordered]
+    # Each file's stored pixels are let go once they are decoded.
+    files = {} if opened is None else opened
+    images = [decode(header, files.pop(header.path, None)) for header in ordered]
     values = np.stack([image.values.T for image in images], axis=-1)
     if any(image.padding is not None for image in images):
         none = np.zeros(images[0].values.shape, dtype=bool)

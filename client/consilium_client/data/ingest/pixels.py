@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from consilium_client.data.findings import reading
-from consilium_client.data.ingest.dicom_file import open_dicom, quietly
-from consilium_client.data.ingest.dicom_headers import Header
+from consilium_client.data.findings import Finding, reading
+from consilium_client.data.ingest.dicom_file import open_dicom, open_header, quietly
+from consilium_client.data.ingest.dicom_headers import TAGS, Header, header_of, index_one
 from consilium_client.data.ingest.volume import MAX_VOXELS, Array
 from consilium_common.errors import ConsiliumError
 
+_PIXELS: Final = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _TAGS: Final = [
     "SOPClassUID",
     "SamplesPerPixel",
@@ -34,9 +36,7 @@ _TAGS: Final = [
     "ModalityLUTSequence",
     "ExtendedOffsetTable",
     "ExtendedOffsetTableLengths",
-    "FloatPixelData",
-    "DoubleFloatPixelData",
-    "PixelData",
+    *_PIXELS,
 ]
 #: Pixels of one frame: four times the largest mammography detectors.
 _MOST_FRAME_PIXELS: Final = 2**27
@@ -67,6 +67,29 @@ class Pixels:
     padding: Array | None
 
 
+def open_slices(paths: Sequence[Path]) -> tuple[list[Header], list[Finding], dict[Path, Any]]:
+    """Open all files of a series once, header and pixels together.
+
+    Returns
+    -------
+    (headers, findings, opened)
+        As :func:`~consilium_client.data.ingest.dicom_headers.index_files`, and each file's dataset
+        for :func:`decode`, with its pixels as they are stored.
+    """
+    opened: dict[Path, Any] = {}
+
+    def read(path: Path) -> Header | None:
+        dataset, _ = open_header(path, tags=(*TAGS, *_TAGS), last_group=0x7FE0)
+        header = header_of(dataset, path, goes_on=any(name in dataset for name in _PIXELS))
+        if header is not None:
+            opened[path] = dataset
+        return header
+
+    entries = [index_one(path, read) for path in paths]
+    headers = [entry for entry in entries if isinstance(entry, Header)]
+    return headers, [entry for entry in entries if isinstance(entry, Finding)], opened
+
+
 def read_pixels(header: Header) -> Array:
     """Read one image's values, (rows, columns), after modality rescale and inversion.
 
@@ -82,8 +105,13 @@ def read_pixels(header: Header) -> Array:
     return without_padding(pixels.values, pixels.padding)
 
 
-def decode(header: Header) -> Pixels:
+def decode(header: Header, opened: Any = None) -> Pixels:
     """Read one image as :func:`read_pixels` does, with padding told apart and left as it is.
+
+    Parameters
+    ----------
+    opened : pydicom.Dataset, optional
+        The file as :func:`open_slices` has opened it.
 
     Raises
     ------
@@ -93,7 +121,7 @@ def decode(header: Header) -> Pixels:
     from pydicom.pixels import apply_modality_lut
 
     path = header.path
-    dataset = open_dicom(path, tags=_TAGS, last_group=0x7FE0)
+    dataset = opened if opened is not None else open_dicom(path, tags=_TAGS, last_group=0x7FE0)
     with reading(path, "DICOM image"), quietly():
         stored = decoded(dataset, path)
         colours = str(dataset.get("PhotometricInterpretation", ""))
@@ -290,7 +318,7 @@ def require_bounded(dataset: Any, path: Path) -> None:
 
 
 def _pixel_bytes(dataset: Any) -> Any:
-    for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"):
+    for name in _PIXELS:
         if data := dataset.get(name):
             return data
     return None

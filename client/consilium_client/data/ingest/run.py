@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from consilium_client.data.findings import Finding
 from consilium_client.data.ingest.cache import (
@@ -19,8 +19,10 @@ from consilium_client.data.ingest.case import Located, locate, read_case
 from consilium_client.data.ingest.readers import CaseRead, read_cases, readers_for
 from consilium_client.data.ingest.room import estimated_bytes, in_words, make_room
 from consilium_client.data.ingest.sources import Sources
+from consilium_client.data.ingest.volume import Array
 from consilium_client.data.manifest import Manifest
 from consilium_client.data.match import class_names
+from consilium_client.data.parallel import side_by_side
 from consilium_client.data.schema import Case, SiteManifest
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
@@ -137,13 +139,21 @@ def _read(
     if children:
         yield from read_cases(tasks, writer.folder, readers=children)
         return
-    for number, located in tasks:
-        try:
-            arrays, content = read_case(located)
-        except ConsiliumError as error:
-            yield number, error
+    plain = all(located.is_plain for _, located in tasks)
+    read = side_by_side(_attempt, unread.values(), threads=None if plain else 1)
+    for (number, _), outcome in zip(tasks, read, strict=True):
+        if isinstance(outcome, ConsiliumError):
+            yield number, outcome
         else:
+            arrays, content = outcome
             yield number, CaseRead(*writer.write(arrays, content), content)
+
+
+def _attempt(case: _Unread) -> tuple[dict[str, Array], dict[str, Any]] | ConsiliumError:
+    try:
+        return read_case(case.located)
+    except ConsiliumError as error:
+        return error
 
 
 def _sorted_out(

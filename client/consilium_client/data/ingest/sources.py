@@ -11,7 +11,6 @@ from typing import Final, Literal
 
 import numpy as np
 
-from consilium_client.data.findings import Finding
 from consilium_client.data.ingest.dicom_headers import (
     Header,
     files_below,
@@ -29,6 +28,7 @@ from consilium_client.data.ingest.nrrd import (
 )
 from consilium_client.data.ingest.nrrd import SUFFIXES as NRRD_SUFFIXES
 from consilium_client.data.ingest.picture import SUFFIXES, read_picture
+from consilium_client.data.ingest.pixels import open_slices
 from consilium_client.data.ingest.rtstruct import MODALITY as RTSTRUCT
 from consilium_client.data.ingest.rtstruct import read_structures
 from consilium_client.data.ingest.segmentation import read_segmentation
@@ -190,18 +190,14 @@ def read_image(source: Source) -> tuple[Volume, list[Header]]:
         return read_nrrd(source.files[0], source.channel), []
     if source.kind == "picture":
         return read_picture(source.files[0]), []
-    headers, findings = _headers(source)
+    if len(source.files) == 1:  # it may be large: its pixels are opened after its header is good
+        header = read_header(source.files[0])
+        return read_series([header] if header and header.is_image else [], source.where)
+    headers, findings, opened = open_slices(source.files)
     if findings:
         first = findings[0]
         raise ConsiliumError(first.code, first.message, where=first.where, hint=first.hint)
-    return read_series([header for header in headers if header.is_image], source.where)
-
-
-def _headers(source: Source) -> tuple[list[Header], list[Finding]]:
-    if len(source.files) == 1:
-        header = read_header(source.files[0])
-        return ([header] if header else []), []
-    return index_files(source.files, workers=1)  # cases are read side by side already
+    return read_series([header for header in headers if header.is_image], source.where, opened)
 
 
 def read_label(
