@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -31,6 +32,7 @@ from consilium_client.data.importing import (
     purge_cache,
 )
 from consilium_client.data.ingest.cache import ingested_folder
+from consilium_client.data.ingest.nifti import read_nifti
 from consilium_client.data.ingest.run import writing
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
@@ -429,3 +431,21 @@ def test_nothing_but_the_case_list_holds_a_patients_identifier(tmp_path: Path) -
         if path.is_file() and b"VERY-SECRET" in path.read_bytes()
     ]
     assert holders == ["cases.csv"]
+
+
+def test_a_packed_nifti_is_read_in_members_and_not_with_a_wrong_checksum(tmp_path: Path) -> None:
+    values = np.arange(12 * 11 * 10).reshape(12, 11, 10)
+    plain = write_nifti(tmp_path / "plain.nii", values).read_bytes()
+    members = [gzip.compress(plain[i : i + 700]) for i in range(0, len(plain), 700)]
+    (tmp_path / "members.nii.gz").write_bytes(b"".join(members))
+    assert np.array_equal(read_nifti(tmp_path / "members.nii.gz").values, values)
+    (tmp_path / "longer.nii.gz").write_bytes(gzip.compress(plain + bytes(1 << 20)))
+    assert np.array_equal(read_nifti(tmp_path / "longer.nii.gz").values, values)
+    packed = bytearray(gzip.compress(plain))
+    packed[-6] ^= 1  # the checksum comes before the length
+    (tmp_path / "wrong.nii.gz").write_bytes(packed)
+    (tmp_path / "short.nii.gz").write_bytes(b"".join(members[:-1]))
+    for name in ("wrong.nii.gz", "short.nii.gz"):
+        with pytest.raises(ConsiliumError) as caught:
+            read_nifti(tmp_path / name)
+        assert caught.value.code == "data.truncated"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,6 +60,9 @@ def read_nifti(path: Path, channel: int | None = None) -> Volume:
         _check_shape(shape, path)
         _check_size(image, shape, path)
         layer = volume_asked_for(shape[3] if len(shape) > 3 else 1, channel, path)
+        if path.suffix.lower() == ".gz" and len(shape) < 4:
+            # In one go: bit by bit, as nibabel does it, threads would wait for each other.
+            image = type(image).from_bytes(_unpacked(path, _end_of_voxels(image, shape)))
         data: Any = image.dataobj
         values = np.asarray(data if len(shape) < 4 else data[..., layer])
         affine = np.array(image.affine, dtype=np.float64)
@@ -75,6 +79,29 @@ def read_nifti(path: Path, channel: int | None = None) -> Volume:
     if values.ndim == 2 or values.shape[2] == 1:
         return _plane(values.reshape(values.shape[:2]), affine)
     return Volume(values, affine)
+
+
+def _end_of_voxels(image: Any, shape: tuple[int, ...]) -> int:
+    voxels = int(np.prod(shape, dtype=object)) * int(image.get_data_dtype().itemsize)
+    return int(image.dataobj.offset) + voxels
+
+
+def _unpacked(path: Path, size: int) -> bytes:
+    """Return the first ``size`` bytes that a gzip file unpacks to; what follows stays packed."""
+    packed, parts, held = path.read_bytes(), [], 0
+    while held < size and packed:  # some writers make a file of several members
+        unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        part = unpacker.decompress(packed, size - held)
+        # One byte more: where nothing follows, this is when zlib compares the checksum.
+        unpacker.decompress(unpacker.unconsumed_tail, 1)
+        if not part and not unpacker.eof:
+            break
+        parts.append(part)
+        held += len(part)
+        packed = unpacker.unused_data
+    if held < size:
+        raise EOFError
+    return b"".join(parts)
 
 
 def _plane(values: Array, affine: Any) -> Volume:
