@@ -332,7 +332,7 @@ def test_covariates_follow_the_image_as_constant_channels(tmp_path: Path) -> Non
         image = case.image()
         assert image.shape == (5, 16, 16) and image.dtype == np.float32
         assert (image[1:] == image[1:, :1, :1]).all()
-        assert "60" not in repr(case) and "sex" not in repr(case)
+        assert "60.0" not in repr(case) and "sex" not in repr(case)
 
 
 def test_a_covariate_that_the_site_lacks_or_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,9 @@ from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import private_folder
 from consilium_common.study.schema import Study
+
+#: Voxels of a case from which threads gain more than they wait for each other.
+_WORTH_THREADS: Final = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +219,10 @@ def _open_cohort(
     wanted = {entry.content: entry for entry in (outcome.entries[c.case_id] for c in taken)}
     contents = {content: content_of(folder / content) for content in wanted}
     new = [entry for content, entry in wanted.items() if contents[content] is None]
-    made = side_by_side(lambda entry: prepare_case(entry, study, match), new)
+    large = sum(math.prod(entry.shape) for entry in new) > _WORTH_THREADS * len(new)
+    made = side_by_side(
+        lambda entry: prepare_case(entry, study, match), new, threads=None if large else 1
+    )
     with FolderWriter(folder) as writer, closing(made):
         for number, case in enumerate(taken, start=1):
             entry = outcome.entries[case.case_id]

@@ -30,6 +30,8 @@ from consilium_common.report.wording import plural
 
 #: From so many unread cases on, child processes read them: starting them takes half a second.
 _WORTH_CHILDREN: Final = 9
+#: Bytes of a case from which threads gain more than they wait for each other.
+_WORTH_THREADS: Final = 2 * 2**20
 #: Cases so small together are read here, unless they are DICOM, which takes far longer a byte.
 _SMALL_BYTES: Final = 128 * 2**20
 
@@ -90,7 +92,7 @@ def ingest(
             unread[number] = _Unread(name, located)
         else:
             outcomes[number] = entry
-    children = 0
+    children = needed = 0
     if unread:
         needed = estimated_bytes([case.located for case in unread.values()])
         free = make_room(home, needed, manifest.site.cache_quota_gib)
@@ -100,7 +102,7 @@ def ingest(
                 f"{in_words(free)} are free on its disk."
             )
         children = _children_for([case.located for case in unread.values()], needed)
-    with FolderWriter(folder) as writer, closing(_read(writer, unread, children)) as done:
+    with FolderWriter(folder) as writer, closing(_read(writer, unread, children, needed)) as done:
         if progress is not None and (outcomes or not unread):
             progress(len(outcomes), len(manifest.cases))
         for number, outcome in done:
@@ -132,15 +134,16 @@ def _children_for(cases: Sequence[Located], needed: int) -> int:
 
 
 def _read(
-    writer: FolderWriter, unread: Mapping[int, _Unread], children: int
+    writer: FolderWriter, unread: Mapping[int, _Unread], children: int, needed: int
 ) -> Generator[tuple[int, CaseRead | ConsiliumError]]:
-    """Read cases in so many child processes, or here."""
+    """Read cases of about ``needed`` bytes in so many child processes, or here."""
     tasks = [(number, case.located) for number, case in unread.items()]
     if children:
         yield from read_cases(tasks, writer.folder, readers=children)
         return
-    plain = all(located.is_plain for _, located in tasks)
-    read = side_by_side(_attempt, unread.values(), threads=None if plain else 1)
+    large = needed > _WORTH_THREADS * len(tasks)
+    plain = large and all(located.is_plain for _, located in tasks)
+    read = side_by_side(_attempt, unread.values()) if plain else map(_attempt, unread.values())
     for (number, _), outcome in zip(tasks, read, strict=True):
         if isinstance(outcome, ConsiliumError):
             yield number, outcome
