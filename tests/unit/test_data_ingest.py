@@ -434,9 +434,9 @@ def test_nothing_but_the_case_list_holds_a_patients_identifier(tmp_path: Path) -
 
 
 def test_a_packed_nifti_is_read_in_members_and_not_with_a_wrong_checksum(tmp_path: Path) -> None:
-    values = np.arange(12 * 11 * 10).reshape(12, 11, 10)
+    values = np.arange(120 * 110 * 50).reshape(120, 110, 50) % 30_000
     plain = write_nifti(tmp_path / "plain.nii", values).read_bytes()
-    members = [gzip.compress(plain[i : i + 700]) for i in range(0, len(plain), 700)]
+    members = [gzip.compress(plain[i : i + 100_000]) for i in range(0, len(plain), 100_000)]
     (tmp_path / "members.nii.gz").write_bytes(b"".join(members))
     assert np.array_equal(read_nifti(tmp_path / "members.nii.gz").values, values)
     (tmp_path / "longer.nii.gz").write_bytes(gzip.compress(plain + bytes(1 << 20)))

@@ -26,6 +26,8 @@ _HEAD: Final = 540
 _MOST_BEFORE: Final = 2**24
 #: Eight bytes for each voxel of the largest volume, of all channels together.
 _MOST_BYTES: Final = 2**33
+#: From so many bytes on, unpacking in one go gains more than a second look at the header costs.
+_LARGE: Final = 2**20
 #: No gzip stream unpacks to more than 1032 times its size (zlib's technical details).
 _GZIP_MOST: Final = 1032
 
@@ -60,9 +62,10 @@ def read_nifti(path: Path, channel: int | None = None) -> Volume:
         _check_shape(shape, path)
         _check_size(image, shape, path)
         layer = volume_asked_for(shape[3] if len(shape) > 3 else 1, channel, path)
-        if path.suffix.lower() == ".gz" and len(shape) < 4:
+        end = _end_of_voxels(image, shape)
+        if path.suffix.lower() == ".gz" and len(shape) < 4 and end > _LARGE:
             # In one go: bit by bit, as nibabel does it, threads would wait for each other.
-            image = type(image).from_bytes(_unpacked(path, _end_of_voxels(image, shape)))
+            image = type(image).from_bytes(_unpacked(path, end))
         data: Any = image.dataobj
         values = np.asarray(data if len(shape) < 4 else data[..., layer])
         affine = np.array(image.affine, dtype=np.float64)
