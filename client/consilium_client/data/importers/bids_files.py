@@ -14,6 +14,7 @@ import numpy as np
 from consilium_client.data.case_list import read_list
 from consilium_client.data.findings import reading
 from consilium_client.data.importers.base import without_suffix
+from consilium_client.data.ingest.nifti import open_nifti
 from consilium_common.errors import ConsiliumError
 
 _NIFTI: Final = (".nii", ".nii.gz")
@@ -55,11 +56,9 @@ class BidsFile:
 
     def grid_like(self, other: BidsFile, tolerance: float) -> bool:
         """Whether both headers say one grid; a header that cannot be read says none."""
-        import nibabel
-
         try:
             with reading(self.path, "NIfTI file"):
-                one, two = (nibabel.load(path) for path in (self.path, other.path))
+                one, two = open_nifti(self.path), open_nifti(other.path)
                 return one.shape[:3] == two.shape[:3] and bool(
                     np.allclose(one.affine, two.affine, atol=tolerance)
                 )

@@ -32,6 +32,21 @@ _LARGE: Final = 2**20
 _GZIP_MOST: Final = 1032
 
 
+def open_nifti(path: Path) -> Any:
+    """Open a NIfTI file within bounds and return nibabel's image; its voxels are not read.
+
+    Raises
+    ------
+    ConsiliumError
+        ``data.truncated``, ``data.missing`` or ``data.too-large``.
+    """
+    import nibabel
+
+    with reading(path, "NIfTI file"):
+        _check_start(path)
+        return nibabel.load(path)
+
+
 def read_nifti(path: Path, channel: int | None = None) -> Volume:
     """Read a NIfTI file with its scaling applied.
 
@@ -53,16 +68,14 @@ def read_nifti(path: Path, channel: int | None = None) -> Volume:
         ``data.truncated``, ``data.missing``, ``data.dimensions``, ``data.too-large``,
         ``data.not-finite`` or ``data.geometry``.
     """
-    import nibabel
-
+    image = open_nifti(path)
     with reading(path, "NIfTI file"):
-        _check_start(path)
-        image: Any = nibabel.load(path)
         shape = tuple(int(n) for n in image.shape)
         _check_shape(shape, path)
-        _check_size(image, shape, path)
+        claimed = int(np.prod(shape, dtype=object)) * int(image.get_data_dtype().itemsize)
+        _check_size(claimed, path)
         layer = volume_asked_for(shape[3] if len(shape) > 3 else 1, channel, path)
-        end = _end_of_voxels(image, shape)
+        end = int(image.dataobj.offset) + claimed
         if path.suffix.lower() == ".gz" and len(shape) < 4 and end > _LARGE:
             # In one go: bit by bit, as nibabel does it, threads would wait for each other.
             image = type(image).from_bytes(_unpacked(path, end))
@@ -82,11 +95,6 @@ def read_nifti(path: Path, channel: int | None = None) -> Volume:
     if values.ndim == 2 or values.shape[2] == 1:
         return _plane(values.reshape(values.shape[:2]), affine)
     return Volume(values, affine)
-
-
-def _end_of_voxels(image: Any, shape: tuple[int, ...]) -> int:
-    voxels = int(np.prod(shape, dtype=object)) * int(image.get_data_dtype().itemsize)
-    return int(image.dataobj.offset) + voxels
 
 
 def _unpacked(path: Path, size: int) -> bytes:
@@ -127,9 +135,8 @@ def _check_start(path: Path) -> None:
                     raise _unbelievable("voxels that start beyond any header", path)
 
 
-def _check_size(image: Any, shape: tuple[int, ...], path: Path) -> None:
-    """Check that the file can hold the voxels it claims, before memory is taken for them."""
-    claimed = int(np.prod(shape, dtype=object)) * int(image.get_data_dtype().itemsize)
+def _check_size(claimed: int, path: Path) -> None:
+    """Check that the file can hold the bytes of voxels it claims, before memory is taken."""
     packed = path.suffix.lower() == ".gz"
     held = path.stat().st_size * (_GZIP_MOST if packed else 1)
     if claimed > held:

@@ -8,11 +8,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from consilium_client.data.findings import reading
 from consilium_client.data.ingest.cache import cache_folder, size_of
 from consilium_client.data.ingest.case import Located
 from consilium_client.data.ingest.dicom_headers import read_header
+from consilium_client.data.ingest.nifti import open_nifti
 from consilium_client.data.ingest.sources import Source
 from consilium_client.data.ingest.volume import MAX_VOXELS
 from consilium_client.home import SiteHome
@@ -145,8 +147,8 @@ def _channel_size(source: Source) -> tuple[int, int]:
     length = sum(path.stat().st_size for path in source.files)
     voxels, size = length, {"dicom": 2, "picture": 1}.get(source.kind, 4)
     if source.kind == "nifti":
-        header = _nifti_header(source)
-        if header is not None:
+        with suppress(ConsiliumError), reading(source.files[0], "NIfTI file"):
+            header = open_nifti(source.files[0]).header
             stored, scaled = header.get_data_dtype(), header.get_slope_inter()[0] not in (None, 1)
             voxels = _product(header.get_data_shape()[:3])
             # compact() keeps small integers small
@@ -163,16 +165,6 @@ def _channel_size(source: Source) -> tuple[int, int]:
         with suppress(OSError, ValueError, bomb), Image.open(source.files[0]) as picture:
             voxels = _product(picture.size)
     return 0 if voxels > min(MAX_VOXELS, length * _DENSEST) else voxels, size
-
-
-def _nifti_header(source: Source) -> Any:
-    """Return a NIfTI header, or None where it cannot be read: the ingest will say why."""
-    import nibabel
-
-    try:
-        return nibabel.load(source.files[0]).header
-    except Exception:
-        return None
 
 
 def _product(sizes: Sequence[int]) -> int:
