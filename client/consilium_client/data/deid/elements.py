@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from consilium_client.data.findings import reading
-from consilium_client.data.ingest.dicom_file import open_dicom, quietly
+from consilium_client.data.ingest.dicom_file import DEFLATED, open_dicom, quietly
 from consilium_common.errors import ConsiliumError
 
 #: Values longer than this stay on the disk unless they are asked for: pixels, mostly.
 _LONG: Final = 1 << 16
 #: Sequences nested deeper than this are an attack, not an image.
 _DEPTH: Final = 16
-_DEFLATED: Final = "1.2.840.10008.1.2.1.99"
 _PIXELS: Final = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
 _TEXT: Final = frozenset(
     {"AE", "AS", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT", "DS", "IS"}
@@ -106,7 +105,7 @@ def read_dataset(path: Path, *, pixels: bool) -> Any:
 
 def _require_whole(dataset: Any, path: Path) -> None:
     """Refuse a file that ends inside a value: pydicom takes what is there without a word."""
-    if str(getattr(dataset.file_meta, "TransferSyntaxUID", "")) == _DEFLATED:
+    if str(getattr(dataset.file_meta, "TransferSyntaxUID", "")) == DEFLATED:
         return  # Places are counted in the inflated bytes, and zlib notices a missing end itself.
     size = path.stat().st_size
     for tag in dataset.keys():  # noqa: SIM118 - a Dataset iterates over its elements
@@ -150,7 +149,7 @@ def walk(dataset: Any, path: tuple[str, ...] = ()) -> Iterator[Found]:
         try:
             element = dataset[number]
             vr, value = str(element.VR), element.value
-        except Exception:
+        except Exception:  # pydicom raises anything: what cannot be read counts as unknown text
             vr, value = "UN", getattr(dataset.get_item(number), "value", None) or b"?"
         yield Found(path, dataset, number, vr, keyword, value)
         if vr == "SQ" and number in dataset:

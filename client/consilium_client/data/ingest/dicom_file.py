@@ -23,7 +23,8 @@ _MOST_BYTES: Final = 2**32 + 2**26
 _MOST_INFLATED: Final = 2**28
 #: Elements at the top level; a large enhanced image has some hundreds.
 _MOST_ELEMENTS: Final = 100_000
-_DEFLATED: Final = "1.2.840.10008.1.2.1.99"
+#: Transfer syntax of files whose dataset is deflated as a whole.
+DEFLATED: Final = "1.2.840.10008.1.2.1.99"
 _DIRECTORY: Final = "1.2.840.10008.1.3.10"
 #: Preamble, prefix and the element (0002,0000), which counts the bytes of the group behind it.
 _BEFORE_META: Final = 144
@@ -135,7 +136,7 @@ def open_header(path: Path, *, tags: Sequence[str] | None, last_group: int) -> t
             end = _end_of_meta(head, path)
             meta = stream.read(max(0, end - _BEFORE_META))
             _require_more(stream.read(8), path)
-            if _DEFLATED.encode() in meta:
+            if DEFLATED.encode() in meta:
                 source = _inflated(head + meta, stream, path)
         stream.seek(0)
         stop = _Stop(last_group, path)
@@ -212,8 +213,8 @@ def _inflated(before: bytes, stream: BinaryIO, path: Path) -> BytesIO:
     if not unpacker.eof:
         raise zlib.error("the deflated stream ends early")
     # The plain syntax's UID in the deflated one's place, padded to its length.
-    plain = _DEFLATED.removesuffix(".99").encode()
-    return BytesIO(before.replace(_DEFLATED.encode(), plain.ljust(len(_DEFLATED), b"\0")) + body)
+    plain = DEFLATED.removesuffix(".99").encode()
+    return BytesIO(before.replace(DEFLATED.encode(), plain.ljust(len(DEFLATED), b"\0")) + body)
 
 
 def _too_large(what: str, path: Path) -> ConsiliumError:

@@ -6,13 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
+from consilium_client.data.ingest.dicom_file import quietly
 from consilium_client.data.pacs.archive import FoundSeries, Instance, text_of
 from consilium_client.data.pacs.retry import SeriesError
 from consilium_common.errors import ConsiliumError
@@ -186,10 +186,8 @@ class Inbox:
         import pydicom
 
         try:
-            with warnings.catch_warnings():
-                # Values that break a rule of form are the importer's matter, and warnings may
-                # quote them.
-                warnings.simplefilter("ignore")
+            # Values that break a rule of form are the importer's matter.
+            with quietly():
                 # Read to the end: half an object is found out here.
                 dataset: Any = pydicom.dcmread(BytesIO(content))
                 if _is_cut(dataset):
