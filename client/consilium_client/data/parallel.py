@@ -47,7 +47,7 @@ def spread(
     """
     chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
     if workers is None:
-        workers = _cores() if len(items) >= _MANY else 1
+        workers = cores() if len(items) >= _MANY else 1
     workers = min(workers, len(chunks))
     # In a child of ours a crash is known to the parent, and one process apart is enough; daemonic
     # processes may have no children at all.
@@ -84,7 +84,7 @@ def side_by_side(
     threads : int, optional
         How many (default: one per core, four at most).
     """
-    count = threads or min(_cores(), _MOST_THREADS)
+    count = threads or min(cores(), _MOST_THREADS)
     rest = iter(items)
     with ThreadPoolExecutor(count) as pool:
         waiting = deque(pool.submit(function, item) for item in islice(rest, count))
@@ -129,7 +129,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return how many processors this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

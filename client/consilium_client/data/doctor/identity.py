@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,14 +129,14 @@ def _batches(new: Sequence[_Files]) -> Iterator[list[_Files]]:
 
 def _scanned(new: Sequence[_Files], root: Path, key: PatientKey) -> dict[str, Remembered]:
     from consilium_client.data.deid.check import identity_findings
-    from consilium_client.data.parallel import spread
+    from consilium_client.data.parallel import cores, spread
 
     names = {path: found.case for found in new for path in found.own}
     by_case: dict[str, list[Finding]] = {found.case: [] for found in new}
     for finding in identity_findings(list(names), root, names=names):
         by_case[finding.case].append(finding)
     series = [found for found in new if any(one.kind == "dicom" for one in found.sources)]
-    workers = len(os.sched_getaffinity(0)) if len(series) >= _MANY else 1
+    workers = cores() if len(series) >= _MANY else 1
     persons: dict[str, set[str]] = {found.case: set() for found in new}
     # Decoders may end their process on a damaged file; the ingest will name it.
     risky = any(

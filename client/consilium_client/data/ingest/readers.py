@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from consilium_client.data.ingest.case import Located
+from consilium_client.data.parallel import cores
 from consilium_common.errors import ConsiliumError
 
 Key = TypeVar("Key")
@@ -40,8 +41,7 @@ class CaseRead:
 
 def readers_for(cases: int) -> int:
     """Return how many children pay for so many cases; a child starts in about half a second."""
-    processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(processors, _MOST_READERS, cases // 4))
+    return max(1, min(cores(), _MOST_READERS, cases // 4))
 
 
 def read_cases(
