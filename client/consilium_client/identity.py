@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -44,6 +46,17 @@ class SiteConfig:
     device: str = "auto"  #: auto, cpu, cuda or cuda:N
     precision: str = "auto"  #: auto, float32 or bfloat16
     threads: int = 0  #: CPU threads of training; 0: OMP_NUM_THREADS, else all
+
+    def compute(self) -> dict[str, Any]:
+        """Return what a :class:`~consilium_client.training.session.TrainingSession` takes of it:
+        device, precision (None: the study's) and threads.
+        """
+        return {
+            "device": self.device,
+            "precision": None if self.precision == "auto" else self.precision,
+            "threads": self.threads
+            or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+        }
 
 
 @dataclass(frozen=True)

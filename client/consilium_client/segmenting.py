@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -152,9 +151,7 @@ def _predicted(
     session = TrainingSession(
         study,
         cohort,
-        device=config.device,
-        precision=None if config.precision == "auto" else config.precision,
-        threads=config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+        **config.compute(),
     )
     return session.predict(unpack(weights), case)
 

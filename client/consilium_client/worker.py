@@ -144,9 +144,7 @@ class _Study:
         self._session = TrainingSession(
             self._decision.study,
             self._cohort,
-            device=config.device,
-            precision=None if config.precision == "auto" else config.precision,
-            threads=config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+            **config.compute(),
         )
         self._rounds = LocalRounds(
             self._home,

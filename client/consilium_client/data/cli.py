@@ -13,7 +13,7 @@ from consilium_client.data.deid.cli import deidentify_
 from consilium_client.data.formats import FORMATS
 from consilium_client.data.looking.cli import show_, stats_
 from consilium_client.data.pacs.cli import pull_
-from consilium_client.data.terminal import HERE, Home, progress_shown
+from consilium_client.data.terminal import HERE, FitsStudy, Fix, Home, progress_shown
 from consilium_client.home import SiteHome
 from consilium_common.console import command, err, note, result
 from consilium_common.errors import WARNINGS_ONLY, ConsiliumError, printable
@@ -189,13 +189,8 @@ def list_(home: Home = HERE) -> None:
 def check(
     home: Home = HERE,
     *,
-    study: Annotated[
-        Path | None, typer.Option(help="A study's file: do the cases fit it as well?")
-    ] = None,
-    fix: Annotated[
-        bool,
-        typer.Option("--fix", help="Mend first what is safe: rights, leftovers, a damaged cache."),
-    ] = False,
+    study: FitsStudy = None,
+    fix: Fix = False,
     html: Annotated[
         Path | None,
         typer.Option(help="Where to write the page (default: reports/data-check.html)."),

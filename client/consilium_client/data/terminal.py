@@ -20,6 +20,14 @@ Home = Annotated[
     typer.Option("--home", envvar="CONSILIUM_SITE_HOME", help="The site's folder."),
 ]
 HERE: Final = Path("site")
+#: What `site data check` and `site doctor` ask alike.
+FitsStudy = Annotated[
+    Path | None, typer.Option("--study", help="A study's file: do the cases fit it as well?")
+]
+Fix = Annotated[
+    bool,
+    typer.Option("--fix", help="Mend first what is safe: rights, leftovers, a damaged cache."),
+]
 
 
 @contextmanager

@@ -8,8 +8,6 @@ import math
 from pathlib import Path
 from typing import Final
 
-from markupsafe import Markup
-
 from consilium_common.audit import drawings
 from consilium_common.audit.hazards import NOT_COVERED, WORDS
 from consilium_common.audit.ledger_report import witness_words
@@ -17,35 +15,24 @@ from consilium_common.audit.privacy_report import AuditReport
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.privacy.reconstruction import ASSUMPTIONS
-from consilium_common.report import study_report, wording
+from consilium_common.report import wording
+from consilium_common.report.pages import page_environment, styles
 from consilium_common.report.study_report import Tile
 
 _TEMPLATES: Final = Path(__file__).parent / "templates"
-_SHARED: Final = Path(study_report.__file__).parent / "templates"
 _BADGES: Final = {"met": "good", "partly": "warn", "look": "bad", "outside": "plain"}
 
 
 def render(report: AuditReport) -> str:
     """Return the page, UTF-8, with its styles and pictures inside; all text is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader([_TEMPLATES, _SHARED]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     named = (wording.epsilon, wording.number, wording.moment, wording.plural, wording.data_size)
-    environment.filters |= {function.__name__: function for function in named}
-    environment.filters["rate"] = rate
+    environment = page_environment(_TEMPLATES, filters=(*named, rate))
     ledger = report.ledger
     return environment.get_template("audit_report.html").render(
         report=report,
         ledger=ledger,
-        # Our own files, not text from outside.
-        css=Markup((_SHARED / "report.css").read_text(encoding="utf-8")),  # noqa: S704
-        more_css=Markup((_TEMPLATES / "audit_report.css").read_text(encoding="utf-8")),  # noqa: S704
+        css=styles(),
+        more_css=styles(_TEMPLATES / "audit_report.css"),
         tiles=_tiles(report),
         charts=_charts(report),
         witness=witness_words(ledger.witnessed, ledger.entries, checked=ledger.witness_checked),

@@ -6,10 +6,7 @@ import base64
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
-
-from markupsafe import Markup
 
 from consilium_common.report import curves, wording
 from consilium_common.report.content import (
@@ -19,10 +16,10 @@ from consilium_common.report.content import (
     SiteReport,
     StudyReport,
 )
+from consilium_common.report.pages import page_environment, styles
 
 __all__ = ["StudyReport", "render_study_report"]
 
-_TEMPLATES: Final = Path(__file__).parent / "templates"
 _ALL: Final = "All sites"
 #: Wider than this, relative to its height, a picture takes the whole width.
 _WIDE: Final = 1.6
@@ -86,16 +83,7 @@ def render_study_report(data: StudyReport) -> str:
     Everything that ``data`` leaves out is left out of the document. All text is escaped; the
     document's own policy forbids it to load or run anything.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {function.__name__: function for function in _FILTERS}
+    environment = page_environment(filters=_FILTERS)
     return environment.get_template("study_report.html").render(**_context(data))
 
 
@@ -104,8 +92,7 @@ def _context(data: StudyReport) -> dict[str, Any]:
     private = [site for site in data.sites if site.epsilon is not None]
     return {
         "report": data,
-        # Our own file, not text from outside.
-        "css": Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),  # noqa: S704
+        "css": styles(),
         "heading": data.title or data.name,
         "under": _under(data),
         "status_words": _status(data),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from consilium_client.data.terminal import HERE, Home, progress_shown
+from consilium_client.data.terminal import HERE, FitsStudy, Fix, Home, progress_shown
 from consilium_client.home import SiteHome
 from consilium_common.console import command, err, note, result
 from consilium_common.errors import WARNINGS_ONLY
@@ -22,13 +21,8 @@ if TYPE_CHECKING:
 def doctor(
     home: Home = HERE,
     *,
-    study: Annotated[
-        Path | None, typer.Option(help="A study's file: do the cases fit it as well?")
-    ] = None,
-    fix: Annotated[
-        bool,
-        typer.Option("--fix", help="Mend first what is safe: rights, leftovers, a damaged cache."),
-    ] = False,
+    study: FitsStudy = None,
+    fix: Fix = False,
 ) -> None:
     """Look at the whole site: rights, disk, cache, and its data as `site data check` does.
 

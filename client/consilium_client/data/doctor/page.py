@@ -9,17 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from markupsafe import Markup
-
 from consilium_client.data.findings import Finding
 from consilium_client.data.ingest.cache import Ingested
 from consilium_client.data.rules import Severity
 from consilium_client.data.thumbnail import picture_png
-from consilium_common.report import study_report, wording
+from consilium_common.report import wording
+from consilium_common.report.pages import page_environment, styles
 from consilium_common.report.study_report import Tile
 
 _TEMPLATES: Final = Path(__file__).parent / "templates"
-_SHARED: Final = Path(study_report.__file__).parent / "templates"
 #: Findings of one rule, and pictures, that a page shows: it must open in a second.
 _ROWS: Final = 100
 _PICTURES: Final = 120
@@ -91,16 +89,7 @@ def render_page(subject: Subject, findings: Sequence[Finding], *, fixed: Sequenc
     fixed : sequence of str
         What `--fix` has mended, one line each.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"plural": wording.plural, "moment": wording.moment}
+    environment = page_environment(_TEMPLATES, filters=(wording.plural, wording.moment))
     return environment.get_template("data_check.html").render(
         subject=subject,
         groups=_groups(findings, subject.entries),
@@ -108,9 +97,8 @@ def render_page(subject: Subject, findings: Sequence[Finding], *, fixed: Sequenc
         tiles=_tiles(subject, findings),
         glance=_glance(subject.entries),
         written_at=datetime.now(UTC),
-        # Our own files, not text from outside.
-        css=Markup((_SHARED / "report.css").read_text(encoding="utf-8")),  # noqa: S704
-        more_css=Markup((_TEMPLATES / "data_check.css").read_text(encoding="utf-8")),  # noqa: S704
+        css=styles(),
+        more_css=styles(_TEMPLATES / "data_check.css"),
     )
 
 
