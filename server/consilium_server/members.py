@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, timedelta
 
+from cryptography import x509
+
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.identity.authority import Authority, certificate_pem
@@ -19,7 +21,6 @@ from consilium_common.identity.keys import (
 from consilium_common.wire.channel import Caller, Credentials
 from consilium_server.home import ServerConfig, ServerHome
 from consilium_server.registry import Registry
-from consilium_server.services import operator_member
 from consilium_server.tables import InvitationRow, Member, now
 from consilium_server.witness import WitnessKey
 
@@ -73,7 +74,7 @@ def initialise(home: ServerHome, consortium: str, address: str) -> Authority:
     write_atomic(folder / "operator-signer.pem", certificate_pem(signer))
     WitnessKey.ensure(folder, authority)
     with Registry(home.database).transaction() as session:
-        session.add(operator_member(OPERATOR_NAME, certificate, signer))
+        session.add(_operator_member(OPERATOR_NAME, certificate, signer))
     home.save_config(ServerConfig(consortium, address))
     return authority
 
@@ -156,3 +157,17 @@ def operator_signature(home: ServerHome, statement: dict[str, object]) -> str:
     from consilium_common.wire.statements import sign
 
     return sign(load_signing_key(home.identity / "operator-signing-key.pem"), statement)
+
+
+def _operator_member(name: str, certificate: x509.Certificate, signer: x509.Certificate) -> Member:
+    """Return the registry's row of an operator that `server init` certified."""
+    return Member(
+        name=name,
+        role=Role.OPERATOR,
+        status="active",
+        serial=describe(certificate).serial,
+        certificate_pem=certificate_pem(certificate).decode(),
+        signer_pem=certificate_pem(signer).decode(),
+        node_id=None,
+        joined_at=now(),
+    )

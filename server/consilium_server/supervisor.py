@@ -31,7 +31,7 @@ from consilium_server.gateway import Gateway
 from consilium_server.home import HOME_VARIABLE, ServerHome
 from consilium_server.peers import Doorkeeper
 from consilium_server.registry import Registry
-from consilium_server.services import Services
+from consilium_server.services import services
 from consilium_server.starts import PublicStarts
 from consilium_server.witness import Witness, WitnessKey
 
@@ -108,18 +108,17 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
         await _first(ready.wait(), stop.wait())
         tasks.append(asyncio.create_task(executor.supervise()))
         fleet = FleetForwarder(f"https://{address}", certificate, home.kick)
-        services = Services(
-            registry,
-            authority,
-            Control(address, certificate),
-            witness,
-            PublicStarts(home.starts),
-        )
         gateway = Gateway(
             Doorkeeper(authority.certificate, registry),
             fleet,
             Arrivals(home.arrived),
-            services.table(),
+            services(
+                registry,
+                authority,
+                Control(address, certificate),
+                witness,
+                PublicStarts(home.starts),
+            ),
         )
         await gateway.start(host, port, home.identity)
         status = {"pid": os.getpid(), "address": f"{host}:{port}"}

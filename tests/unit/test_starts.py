@@ -19,12 +19,13 @@ from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import Role, describe
 from consilium_common.identity.keys import new_signing_key, new_tls_key
 from consilium_common.study import Study
+from consilium_common.wire import methods
 from consilium_common.wire.methods import MAX_MESSAGE_BYTES, OPERATOR_PROPOSE
 from consilium_common.wire.statements import approval_statement, proposal_statement, sign
 from consilium_server import starts
 from consilium_server.peers import Peer
 from consilium_server.registry import Registry
-from consilium_server.services import Services
+from consilium_server.services import services
 from consilium_server.starts import CHUNK_BYTES, PublicStarts, send_start
 from consilium_server.tables import Member, now
 from consilium_server.witness import Witness, WitnessKey
@@ -138,7 +139,7 @@ class Office:
         self.authority = Authority.create("tests")
         self.registry = Registry(folder / "registry.db")
         key = WitnessKey.ensure(folder, self.authority)
-        self.services = Services(
+        self.services = services(
             self.registry,
             self.authority,
             None,  # type: ignore[arg-type]
@@ -174,7 +175,7 @@ class Office:
             "canonical": study.to_canonical(),
             "signature": sign(self.keys["operator"], statement),
         }
-        return self.ask("operator", "propose", request)
+        return self.ask("operator", methods.OPERATOR_PROPOSE, request)
 
     def decide(self, study: Study, said: dict[str, Any], **sent: Any) -> Any:
         statement = approval_statement(study.digest, "north", "approved", why="", **said)
@@ -186,10 +187,10 @@ class Office:
             **said,
             **sent,
         }
-        return self.ask("north", "decide", request)
+        return self.ask("north", methods.SITE_DECIDE, request)
 
-    def ask(self, who: str, service: str, request: dict[str, Any]) -> Any:
-        return asyncio.run(getattr(self.services, service)(self.peers[who], request))
+    def ask(self, who: str, method: str, request: dict[str, Any]) -> Any:
+        return asyncio.run(self.services[method](self.peers[who], request))
 
     def refusal(self, call: Any, *arguments: Any, **named: Any) -> str:
         with pytest.raises(ConsiliumError) as caught:
@@ -207,7 +208,9 @@ def test_a_study_with_a_public_start_is_taken_once_its_weights_are_here(office: 
     canonical["model"]["start"] = {"sha256": SHA256, "data": "ten public volumes"}
     study = Study.model_validate(canonical)
     assert office.refusal(office.propose, study) == "study.start"
-    assert office.ask("operator", "propose", {"start": piece(0, CONTENT)}) == {"held": len(CONTENT)}
+    assert office.ask("operator", methods.OPERATOR_PROPOSE, {"start": piece(0, CONTENT)}) == {
+        "held": len(CONTENT)
+    }
     assert office.propose(study)["known"] is False
     assert office.propose(study)["known"] is True
 
@@ -242,11 +245,11 @@ def test_a_site_is_told_which_studies_run(office: Office) -> None:
     study = plain_study()
     office.propose(study)
     request = {"session": "s", "version": "1"}
-    assert office.ask("north", "hello", request)["running"] == []
+    assert office.ask("north", methods.SITE_HELLO, request)["running"] == []
     office.registry.set_study_state(study.digest, "running")
-    assert office.ask("north", "hello", request)["running"] == [study.digest]
+    assert office.ask("north", methods.SITE_HELLO, request)["running"] == [study.digest]
 
 
 def test_heads_are_countersigned_in_the_caller_s_name(office: Office) -> None:
-    assert office.ask("north", "countersign", {"heads": []})["known"] == -1
-    assert office.refusal(office.ask, "north", "countersign", {}) == "privacy.witness-form"
+    assert office.ask("north", methods.SITE_WITNESS, {"heads": []})["known"] == -1
+    assert office.refusal(office.ask, "north", methods.SITE_WITNESS, {}) == "privacy.witness-form"
