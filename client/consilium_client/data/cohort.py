@@ -15,7 +15,7 @@ import numpy.typing as npt
 from consilium_client.data.doctor.patients import same_image_findings
 from consilium_client.data.doctor.study_fit import covariate_channels_of, unfit_findings
 from consilium_client.data.importing import require_good
-from consilium_client.data.ingest.cache import FolderWriter, cache_folder
+from consilium_client.data.ingest.cache import FolderWriter, Ingested, cache_folder
 from consilium_client.data.ingest.room import note_use
 from consilium_client.data.ingest.run import ingest, using
 from consilium_client.data.ingest.volume import Affine
@@ -220,17 +220,20 @@ def _open_cohort(
     contents = {content: content_of(folder / content) for content in wanted}
     new = [entry for content, entry in wanted.items() if contents[content] is None]
     large = sum(math.prod(entry.shape) for entry in new) > _WORTH_THREADS * len(new)
-    made = side_by_side(
-        lambda entry: prepare_case(entry, study, match), new, threads=None if large else 1
-    )
-    with FolderWriter(folder) as writer, closing(made):
+    writer = FolderWriter(folder)
+
+    def make(entry: Ingested) -> tuple[Path, int, dict[str, Any]]:
+        arrays, content = prepare_case(entry, study, match)
+        return *writer.write(arrays, content), content
+
+    with writer, closing(side_by_side(make, new, threads=None if large else 1)) as made:
         for number, case in enumerate(taken, start=1):
             entry = outcome.entries[case.case_id]
             content = contents[entry.content]
             if content is None:  # in the order in which they are made
-                arrays, content = next(made)
+                place, size, content = next(made)
                 contents[entry.content] = content
-                writer.add(entry.content, arrays, content)
+                writer.adopt(place, entry.content, size)
             name = key.name(case.patient_id)
             found.setdefault(name, []).append(
                 CaseData(

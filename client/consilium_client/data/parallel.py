@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from consilium_common.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,6 +46,9 @@ def spread(
         Where the function may end its process, as some decoders do on a damaged file: what such
         an item gives. No item is then worked on in the command's own process.
     """
+    import multiprocessing
+    from concurrent.futures.process import BrokenProcessPool
+
     chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
     if workers is None:
         workers = cores() if len(items) >= _MANY else 1
@@ -102,6 +106,8 @@ def _one_by_one(
     function: Callable[[T], R], items: Sequence[T], otherwise: Callable[[T], R]
 ) -> Iterator[R]:
     """Give each item to a child by itself, so that it is known which one ends it."""
+    from concurrent.futures.process import BrokenProcessPool
+
     left = list(items)
     while left:
         with _pool(1) as pool:
@@ -117,6 +123,9 @@ def _one_by_one(
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
     pool = ProcessPoolExecutor(
         max(1, workers),
         # Spawned, not forked: the caller may run threads, whose locks a fork would copy.

@@ -63,7 +63,8 @@ def prepare(
         channels = [resample_image(c, source, target)[_flat(dimensions)] for c in channels]
         if label is not None:
             label = resample_label(label, source, target)[_flat(dimensions)]
-    stacked = np.stack([normalise(c, steps.intensity) for c in channels])
+    normal = [normalise(c, steps.intensity) for c in channels]
+    stacked = normal[0][np.newaxis] if len(normal) == 1 else np.stack(normal)
     affine = target[1]
     if study.task.kind == "segmentation" and steps.size is not None:
         stacked, affine = _fit(stacked, affine, steps.size, first=1)
@@ -109,8 +110,13 @@ def normalise(values: Array, intensity: Intensity) -> npt.NDArray[np.float32]:
         return plain
     if intensity.kind == "zscore":
         # float64 sums: float32 loses digits over millions of voxels
-        mean, scale = float(plain.mean(dtype=np.float64)), float(plain.std(dtype=np.float64))
-        return np.asarray((plain - mean) / scale if scale > 0 else plain * 0, dtype=np.float32)
+        mean = plain.mean(dtype=np.float64, keepdims=True)
+        scale = float(plain.std(dtype=np.float64, mean=mean))
+        if not scale > 0:
+            return np.zeros_like(plain)
+        result = plain - np.float32(mean.item())
+        result /= np.float32(scale)
+        return np.asarray(result)
     if intensity.kind == "percentile":
         low, high = (float(edge) for edge in np.percentile(plain, _PERCENTILES))
     else:

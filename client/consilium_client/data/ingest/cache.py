@@ -14,22 +14,23 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
 from consilium_client.data.ingest.facts import ChannelFacts
-from consilium_client.data.ingest.sources import Source
 from consilium_client.data.ingest.volume import Affine, Array
-from consilium_client.data.schema import Case
-from consilium_client.home import SiteHome
 from consilium_common.canonical import digest
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import private_folder, sync_folder
+
+if TYPE_CHECKING:  # a reader imports what it reads with, and no more
+    from consilium_client.data.ingest.sources import Source
+    from consilium_client.data.schema import Case
+    from consilium_client.home import SiteHome
 
 #: Raised whenever the same source would now be ingested differently.
 FORMAT: Final = 2
@@ -178,7 +179,8 @@ class FolderWriter:
 
     Cases wait in a batch, because waiting for the disk once for many files is far cheaper than
     once for each. Leaving the ``with`` block, also by an interruption, finishes the batch; a
-    killed process loses the cases of the last batch at most.
+    killed process loses the cases of the last batch at most. What was begun and is not adopted
+    is removed.
 
     Parameters
     ----------
@@ -190,6 +192,7 @@ class FolderWriter:
     def __init__(self, parent: Path) -> None:
         self._parent = parent
         self._waiting: list[tuple[Path, str]] = []
+        self._begun: set[Path] = set()
         self._bytes = 0
         self._since = time.monotonic()
 
@@ -199,20 +202,13 @@ class FolderWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not issubclass(kind, ConsiliumError):
             self.flush()
-
-    def add(self, name: str, arrays: Mapping[str, Array], content: Mapping[str, Any]) -> None:
-        """Write arrays (``<array>.npy``) and ``case.json`` for the folder ``name``.
-
-        Raises
-        ------
-        ConsiliumError
-            ``state.disk`` when the disk is full or the folder cannot be written.
-        """
-        folder, size = self.write(arrays, content)
-        self.adopt(folder, name, size)
+        for folder in self._begun:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def write(self, arrays: Mapping[str, Array], content: Mapping[str, Any]) -> tuple[Path, int]:
         """Write a case into a new folder for :meth:`adopt`, and return it with its bytes.
+
+        Several threads may do so at once.
 
         Raises
         ------
@@ -236,7 +232,9 @@ class FolderWriter:
             ``state.disk``.
         """
         with self._disk():
-            return Path(tempfile.mkdtemp(dir=self._parent, prefix=_TEMPORARY))
+            folder = Path(tempfile.mkdtemp(dir=self._parent, prefix=_TEMPORARY))
+        self._begun.add(folder)
+        return folder
 
     def adopt(self, folder: Path, name: str, size: int) -> None:
         """Take a folder of :meth:`folder` that :func:`write_case` has filled with ``size`` bytes.
@@ -246,6 +244,7 @@ class FolderWriter:
         ConsiliumError
             ``state.disk``.
         """
+        self._begun.discard(folder)
         self._waiting.append((folder, name))
         self._bytes += size
         late = time.monotonic() - self._since > _BATCH_SECONDS
@@ -266,6 +265,8 @@ class FolderWriter:
             return
         with self._disk():
             files = [path for temporary, _ in waiting for path in temporary.iterdir()]
+            from concurrent.futures import ThreadPoolExecutor
+
             # Threads only wait here; together their files go into few commits of the journal.
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(_sync_file, files))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,13 +24,16 @@ from consilium_client.data.ingest.volume import (
     Array,
     Volume,
     as_labels,
+    axes_of,
     canonical,
     compact,
     require_same_grid,
 )
-from consilium_client.data.schema import Case, SiteManifest
 from consilium_common.canonical import digest
 from consilium_common.errors import ConsiliumError
+
+if TYPE_CHECKING:  # a reader imports what it reads with, and no more
+    from consilium_client.data.schema import Case, SiteManifest
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class Located:
 
     @property
     def is_plain(self) -> bool:
-        """Whether all files are NIfTI or NRRD: numpy and zlib read them, safely in threads."""
-        return all(source.kind in ("nifti", "nrrd") for source in self._sources())
+        """Whether no file is a picture: what numpy and zlib read, they read safely in threads."""
+        return all(source.kind != "picture" for source in self._sources())
 
     @property
     def may_crash(self) -> bool:
@@ -114,8 +118,9 @@ def read_case(located: Located) -> tuple[dict[str, Array], dict[str, Any]]:
     turned: Volume | None = None
     first_where = ""
     mask: Volume | None = None
+    known: dict[Path, bytes] = {}
     for name, source in located.images.items():
-        volume, headers = read_image(source)
+        volume, headers = read_image(source, known)
         slices += headers[:1]
         if first is None:
             first, first_where = volume, source.where
@@ -131,14 +136,16 @@ def read_case(located: Located) -> tuple[dict[str, Array], dict[str, Any]]:
             )
             # Shares of a voxel apart at most: the first channel's place holds for all.
             volume = Volume(volume.values, first.affine, first.spacing_known)
-        turned = canonical(volume)
-        arrays[f"image_{name}"] = compact(turned.values)
+        # Compact first: turning moves half the bytes then.
+        turned = canonical(Volume(compact(volume.values), volume.affine, volume.spacing_known))
+        arrays[f"image_{name}"] = np.ascontiguousarray(turned.values)
     if first is None or turned is None:
         raise ValueError("a case without channels")
     counts: dict[int, int] = {}
-    digests = {name: content_digest(source) for name, source in located.images.items()}
+    digests = {name: content_digest(source, known) for name, source in located.images.items()}
     if mask is not None and label is not None:
-        arrays["label"] = as_labels(canonical(mask).values, label.where)
+        labels = Volume(as_labels(mask.values, label.where), mask.affine, mask.spacing_known)
+        arrays["label"] = np.ascontiguousarray(canonical(labels).values)
         voxels = np.bincount(arrays["label"].ravel())
         counts = {int(value): int(voxels[value]) for value in np.flatnonzero(voxels)}
         digests["label"] = content_digest(label)
@@ -172,7 +179,4 @@ def _axes(volume: Volume) -> str:
     """Return where each of the image's own axes runs to, for example LPS."""
     if not volume.spacing_known:
         return ""
-    from nibabel.orientations import aff2axcodes
-
-    codes = aff2axcodes(volume.affine)
-    return "".join(str(code) for code in codes[: volume.values.ndim])
+    return axes_of(volume.affine)[: volume.values.ndim]

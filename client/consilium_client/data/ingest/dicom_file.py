@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import struct
 import warnings
 import zlib
@@ -28,7 +29,13 @@ DEFLATED: Final = "1.2.840.10008.1.2.1.99"
 _DIRECTORY: Final = "1.2.840.10008.1.3.10"
 #: Preamble, prefix and the element (0002,0000), which counts the bytes of the group behind it.
 _BEFORE_META: Final = 144
+#: Where the file meta information begins.
+META_START: Final = 132
+#: What it takes at most where files are compared; real ones have some hundred bytes.
+_MOST_META: Final = 4096
 _META_LENGTH: Final = b"\x02\x00\x00\x00UL\x04\x00"
+#: Transfer syntaxes for which there are decoders (PS3.6 table A-1: JPEG to HTJ2K, run lengths).
+_DECODED: Final = re.compile(rb"1\.2\.840\.10008\.1\.2\.[4-9]")
 _VALUE_TYPES: Final = frozenset({b"UL", b"CS", b"UI", b"DA", b"TM", b"OB", b"SH", b"LO", b"DT"})
 
 
@@ -67,6 +74,15 @@ def _begins_bare(head: bytes) -> bool:
 
 def is_compressed(path: Path) -> bool:
     """Whether the file's pixels need a decoder, by its file meta information; False in doubt."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(_MOST_META)
+    except OSError:  # reading it will say what is wrong
+        return False
+    end = end_of_meta(head)
+    if end is not None and head[end : end + 2] not in (b"", b"\x02\x00"):
+        # Wherever it stands, and whatever else is said: in doubt a decoder may be needed.
+        return _DECODED.search(head, META_START, end) is not None
     from pydicom.filereader import read_file_meta_info
     from pydicom.uid import UID
 
@@ -119,15 +135,22 @@ def open_dicom(path: Path, *, tags: Sequence[str] | None = None, last_group: int
     return open_header(path, tags=tags, last_group=last_group)[0]
 
 
-def open_header(path: Path, *, tags: Sequence[str] | None, last_group: int) -> tuple[Any, bool]:
+def open_header(
+    path: Path, *, tags: Sequence[str] | None, last_group: int, content: bytes | None = None
+) -> tuple[Any, bool]:
     """Parse a DICOM file as :func:`open_dicom`, and say whether it goes on behind ``last_group``.
 
     An image whose file does not go on ends before its pixels.
+
+    Parameters
+    ----------
+    content : bytes, optional
+        The whole file, where it has been read.
     """
     from pydicom.filereader import read_partial
 
-    with reading(path, "DICOM file"), quietly(), path.open("rb") as stream:
-        if path.stat().st_size > _MOST_BYTES:
+    with reading(path, "DICOM file"), quietly(), _stream(path, content) as stream:
+        if content is None and path.stat().st_size > _MOST_BYTES:
             raise _too_large("The file is larger than any DICOM image.", path)
         head = stream.read(_BEFORE_META)
         prefixed = has_prefix(head)
@@ -139,21 +162,26 @@ def open_header(path: Path, *, tags: Sequence[str] | None, last_group: int) -> t
             if DEFLATED.encode() in meta:
                 source = _inflated(head + meta, stream, path)
         stream.seek(0)
-        stop = _Stop(last_group, path)
+        stop = Stop(last_group, path)
         dataset = read_partial(
             source,
             stop_when=stop,
             force=not prefixed and is_dicom(path),
-            specific_tags=_numbers_of(tuple(tags)) if tags else None,
+            specific_tags=list(numbers_of(tuple(tags))) if tags else None,
         )
     return dataset, stop.stopped
 
 
+def _stream(path: Path, content: bytes | None) -> BinaryIO:
+    return path.open("rb") if content is None else BytesIO(content)
+
+
 @cache
-def _numbers_of(keywords: tuple[str, ...]) -> list[Any]:
+def numbers_of(keywords: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the tags of elements as plain numbers, which compare faster than pydicom's own."""
     from pydicom.tag import Tag
 
-    return [Tag(keyword) for keyword in keywords]
+    return tuple(int(Tag(keyword)) for keyword in keywords)
 
 
 def is_directory(dataset: Any) -> bool:
@@ -162,7 +190,7 @@ def is_directory(dataset: Any) -> bool:
 
 
 @dataclass
-class _Stop:
+class Stop:
     """Tells pydicom when to stop: behind a group, or in a header that runs on for ever."""
 
     last_group: int
@@ -187,6 +215,14 @@ def _end_of_meta(head: bytes, path: Path) -> int:
 
     length = read_file_meta_info(path).get("FileMetaInformationGroupLength")
     return 132 if length is None else _BEFORE_META + int(length)
+
+
+def end_of_meta(content: bytes) -> int | None:
+    """Return where a file's meta information ends, if it says so and is of the usual size."""
+    if not has_prefix(content) or content[132:140] != _META_LENGTH:
+        return None
+    end = _BEFORE_META + int.from_bytes(content[140:144], "little")
+    return end if end <= min(_MOST_META, len(content)) else None
 
 
 def _require_more(following: bytes, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,11 @@ from consilium_client.data.ingest.dicom_file import (
     open_header,
     quietly,
 )
-from consilium_client.data.parallel import spread
 from consilium_common.errors import ConsiliumError
 
 __all__ = ["Header", "files_below", "index_files", "is_dicom", "numbers", "read_header"]
 
-TAGS: Final = [
+TAGS: Final = (
     "SOPClassUID",
     "SOPInstanceUID",
     "SeriesInstanceUID",
@@ -55,8 +55,8 @@ TAGS: Final = [
     "PatientName",
     "PatientBirthDate",
     "PatientSex",
-]
-#: The last group of ``_TAGS``; per-frame functional groups and pixels lie behind it.
+)
+#: The last group of ``TAGS``; per-frame functional groups and pixels lie behind it.
 _LAST_GROUP: Final = 0x0062
 #: Files between two words on progress.
 _TOLD_EVERY: Final = 50
@@ -227,6 +227,8 @@ def index_files(
     (headers, findings)
         In the order of ``paths``.
     """
+    from consilium_client.data.parallel import spread  # a reader has no use for it
+
     listed = list(paths)
     headers: list[Header] = []
     findings: list[Finding] = []
@@ -241,13 +243,15 @@ def index_files(
 
 
 def index_one(
-    path: Path, read: Callable[[Path], Header | None] | None = None
+    path: Path, read: Callable[[Path], Header | None] | None = None, content: bytes | None = None
 ) -> Header | Finding | None:
-    """Read one file's header as :func:`index_files` does, by ``read`` (default: `read_header`)."""
+    """Read one file's header as :func:`index_files` does, by ``read`` (default: `read_header`).
+
+    ``content`` is the whole file, where it has been read.
+    """
     named = path.suffix.lower() == ".dcm"
     try:
-        with path.open("rb") as stream:
-            prefixed = has_prefix(stream.read(132))
+        prefixed = has_prefix(_start_of(path) if content is None else content[:132])
         if not prefixed and not is_dicom(path):
             return Finding.of(path.parent.name, _misnamed(path)) if named else None
         return (read or read_header)(path)
@@ -256,6 +260,11 @@ def index_one(
     except ConsiliumError as error:
         # Without the prefix it was a guess that the file is DICOM: only its name can claim it.
         return Finding.of(path.parent.name, error) if prefixed or named else None
+
+
+def _start_of(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(132)
 
 
 def _misnamed(path: Path) -> ConsiliumError:
@@ -275,6 +284,13 @@ def files_below(folder: Path) -> list[Path]:
         if path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return the visible files of one folder, sorted by path."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name[0] != "." and entry.is_file()]
+    return [folder / name for name in sorted(names)]
 
 
 def _words(value: Any) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,19 +17,20 @@ from consilium_client.data.ingest.slice_geometry import (
     plane_affine,
     stack_affine,
 )
+from consilium_client.data.ingest.slices import OpenedSlice, decode_slices
 from consilium_client.data.ingest.volume import MAX_VOXELS, Volume, require_finite
 from consilium_common.errors import ConsiliumError
 
 
 def read_series(
-    headers: Sequence[Header], where: str, opened: dict[Path, Any] | None = None
+    headers: Sequence[Header], where: str, opened: dict[Path, OpenedSlice] | None = None
 ) -> tuple[Volume, list[Header]]:
     """Read the slices of one series, whatever the order of their files.
 
     Parameters
     ----------
     opened : dict, optional
-        The files as :func:`~consilium_client.data.ingest.pixels.open_slices` has opened them; it
+        The files as :func:`~consilium_client.data.ingest.slices.open_slices` has opened them; it
         is emptied. Others are opened here.
 
     Returns
@@ -77,16 +77,16 @@ def read_series(
     ordered = [headers[index] for index in order]
     if ordered[0].rows * ordered[0].columns * len(ordered) > MAX_VOXELS:
         raise ConsiliumError("data.too-large", "The series has more than 2^30 voxels.", where=where)
-    # Each file's stored pixels are let go once they are decoded.
-    files = {} if opened is None else opened
-    images = [decode(header, files.pop(header.path, None)) for header in ordered]
-    values = np.stack([image.values.T for image in images], axis=-1)
-    if any(image.padding is not None for image in images):
-        none = np.zeros(images[0].values.shape, dtype=bool)
-        padding = [none if image.padding is None else image.padding for image in images]
-        values = without_padding(values, np.stack([mask.T for mask in padding], axis=-1))
+    parts = list(decode_slices(ordered, {} if opened is None else opened))
+    values = np.concatenate([part.values for part in parts])
+    if any(part.padding is not None for part in parts):
+        padding = [
+            np.zeros(part.values.shape, dtype=bool) if part.padding is None else part.padding
+            for part in parts
+        ]
+        values = without_padding(values, np.concatenate(padding))
     require_finite(values, affine, where)
-    return Volume(values, affine), ordered
+    return Volume(values.T, affine), ordered
 
 
 def _check_one_series(headers: Sequence[Header], where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -26,8 +27,14 @@ _HEAD: Final = 540
 _MOST_BEFORE: Final = 2**24
 #: Eight bytes for each voxel of the largest volume, of all channels together.
 _MOST_BYTES: Final = 2**33
-#: From so many bytes on, unpacking in one go gains more than a second look at the header costs.
-_LARGE: Final = 2**20
+#: NIfTI-1's size of a header, in either order of bytes, and its sign at the end of it.
+_SIZE: Final = 348
+_SIZE_1: Final = (struct.pack("<i", _SIZE), struct.pack(">i", _SIZE))
+_MAGIC_1: Final = b"n+1\0"
+#: Where NIfTI-1 says where its voxels start.
+_START_AT: Final = 108
+#: Files up to this size are read once for header and voxels.
+_AT_ONCE: Final = 2**26
 #: No gzip stream unpacks to more than 1032 times its size (zlib's technical details).
 _GZIP_MOST: Final = 1032
 
@@ -43,7 +50,8 @@ def open_nifti(path: Path) -> Any:
     import nibabel
 
     with reading(path, "NIfTI file"):
-        _check_start(path)
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            _check_start(stream.read(_HEAD), path)
         return nibabel.load(path)
 
 
@@ -68,20 +76,22 @@ def read_nifti(path: Path, channel: int | None = None) -> Volume:
         ``data.truncated``, ``data.missing``, ``data.dimensions``, ``data.too-large``,
         ``data.not-finite`` or ``data.geometry``.
     """
-    image = open_nifti(path)
     with reading(path, "NIfTI file"):
-        shape = tuple(int(n) for n in image.shape)
+        held = _held(path)
+        image: Any = open_nifti(path) if held is None else None
+        header = image.header if held is None else _header_in(held, path)
+        shape = tuple(int(n) for n in header.get_data_shape())
         _check_shape(shape, path)
-        claimed = int(np.prod(shape, dtype=object)) * int(image.get_data_dtype().itemsize)
+        claimed = int(np.prod(shape, dtype=object)) * int(header.get_data_dtype().itemsize)
         _check_size(claimed, path)
         layer = volume_asked_for(shape[3] if len(shape) > 3 else 1, channel, path)
-        end = int(image.dataobj.offset) + claimed
-        if path.suffix.lower() == ".gz" and len(shape) < 4 and end > _LARGE:
-            # In one go: bit by bit, as nibabel does it, threads would wait for each other.
-            image = type(image).from_bytes(_unpacked(path, end))
-        data: Any = image.dataobj
-        values = np.asarray(data if len(shape) < 4 else data[..., layer])
-        affine = np.array(image.affine, dtype=np.float64)
+        if len(shape) > 3:
+            values = np.asarray((image or open_nifti(path)).dataobj[..., layer])
+        elif held is not None:
+            values = _values(header, held, claimed, path)
+        else:
+            values = np.asarray(_unpacked(image, claimed, path).dataobj)
+        affine = np.array(header.get_best_affine(), dtype=np.float64)
     if values.dtype.kind not in "iubf":
         raise ConsiliumError(
             "data.format",
@@ -97,9 +107,54 @@ def read_nifti(path: Path, channel: int | None = None) -> Volume:
     return Volume(values, affine)
 
 
-def _unpacked(path: Path, size: int) -> bytes:
-    """Return the first ``size`` bytes that a gzip file unpacks to; what follows stays packed."""
-    packed, parts, held = path.read_bytes(), [], 0
+def _held(path: Path) -> bytes | None:
+    """Return the bytes of a NIfTI-1 file, as they are stored; None for another or a large one."""
+    if path.stat().st_size > _AT_ONCE:
+        return None
+    content = path.read_bytes()
+    head = _first(content, _HEAD, path)
+    _check_start(head, path)
+    ours = head[:4] in _SIZE_1 and head[344:348] == _MAGIC_1
+    return content if ours else None
+
+
+def _header_in(content: bytes, path: Path) -> Any:
+    """Return the header of a NIfTI-1 file, with its extensions."""
+    from nibabel.nifti1 import Nifti1Image
+
+    head = _first(content, _HEAD, path)
+    (start,) = struct.unpack_from("<f" if head[:4] == _SIZE_1[0] else ">f", head, _START_AT)
+    before = head if start <= len(head) else _first(content, int(start), path)
+    return Nifti1Image.header_class.from_fileobj(io.BytesIO(before))
+
+
+def _values(header: Any, content: bytes, claimed: int, path: Path) -> Array:
+    """Return the voxels of a file that is held, with their scaling applied."""
+    from nibabel.arrayproxy import ArrayProxy
+
+    whole = _first(content, int(header.get_data_offset()) + claimed, path)
+    return np.asarray(ArrayProxy(io.BytesIO(whole), header))
+
+
+def _unpacked(image: Any, claimed: int, path: Path) -> Any:
+    """Return nibabel's image of a packed file with its voxels unpacked in one go.
+
+    Bit by bit, as nibabel does it, threads would wait for each other.
+    """
+    if path.suffix.lower() != ".gz":
+        return image
+    end = int(image.dataobj.offset) + claimed
+    return type(image).from_bytes(_first(path.read_bytes(), end, path))
+
+
+def _first(content: bytes, size: int, path: Path) -> bytes:
+    """Return the first ``size`` bytes of a file, unpacked; fewer where it has no more.
+
+    What follows stays packed.
+    """
+    if path.suffix.lower() != ".gz":
+        return content[:size]
+    packed, parts, held = content, [], 0
     while held < size and packed:  # some writers make a file of several members
         unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS)
         part = unpacker.decompress(packed, size - held)
@@ -110,8 +165,6 @@ def _unpacked(path: Path, size: int) -> bytes:
         parts.append(part)
         held += len(part)
         packed = unpacker.unused_data
-    if held < size:
-        raise EOFError
     return b"".join(parts)
 
 
@@ -120,14 +173,12 @@ def _plane(values: Array, affine: Any) -> Volume:
     return Volume(np.ascontiguousarray(values.T), affine[:, [1, 0, 2, 3]])
 
 
-def _check_start(path: Path) -> None:
+def _check_start(head: bytes, path: Path) -> None:
     """Check how much stands before the voxels: all of it would be read, or unpacked, at once."""
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-        head = stream.read(_HEAD)
     # Where the voxels start: a float32 at 108 in NIfTI-1 (its header's size, 348, comes first in
     # the file's byte order), an int64 at 168 in NIfTI-2 (540). Else nibabel says what is wrong.
     for order in "<>":
-        for size, kind, at in ((348, "f", 108), (540, "q", 168)):
+        for size, kind, at in ((_SIZE, "f", _START_AT), (540, "q", 168)):
             field = struct.Struct(f"{order}{kind}")
             if head[:4] == struct.pack(f"{order}i", size) and len(head) >= at + field.size:
                 (start,) = field.unpack_from(head, at)

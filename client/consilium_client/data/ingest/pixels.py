@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from consilium_client.data.findings import Finding, reading
-from consilium_client.data.ingest.dicom_file import open_dicom, open_header, quietly
-from consilium_client.data.ingest.dicom_headers import TAGS, Header, header_of, index_one
+from consilium_client.data.findings import reading
+from consilium_client.data.ingest.dicom_file import open_dicom, quietly
+from consilium_client.data.ingest.dicom_headers import Header
 from consilium_client.data.ingest.volume import MAX_VOXELS, Array
 from consilium_common.errors import ConsiliumError
 
-_PIXELS: Final = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-_TAGS: Final = [
+#: Elements that hold pixels.
+PIXELS: Final = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+#: What decoding takes of a file.
+TAGS: Final = (
     "SOPClassUID",
     "SamplesPerPixel",
     "PhotometricInterpretation",
@@ -36,8 +37,8 @@ _TAGS: Final = [
     "ModalityLUTSequence",
     "ExtendedOffsetTable",
     "ExtendedOffsetTableLengths",
-    *_PIXELS,
-]
+    *PIXELS,
+)
 #: Pixels of one frame: four times the largest mammography detectors.
 _MOST_FRAME_PIXELS: Final = 2**27
 #: Compressed pixels may unpack to this many bytes, or to this many times their own.
@@ -58,36 +59,13 @@ class Pixels:
     Parameters
     ----------
     values : array
-        (rows, columns), after modality rescale.
+        (rows, columns), or (slices, rows, columns), after modality rescale.
     padding : array of bool, optional
         Of the same shape; None where there is none.
     """
 
     values: Array
     padding: Array | None
-
-
-def open_slices(paths: Sequence[Path]) -> tuple[list[Header], list[Finding], dict[Path, Any]]:
-    """Open all files of a series once, header and pixels together.
-
-    Returns
-    -------
-    (headers, findings, opened)
-        As :func:`~consilium_client.data.ingest.dicom_headers.index_files`, and each file's dataset
-        for :func:`decode`, with its pixels as they are stored.
-    """
-    opened: dict[Path, Any] = {}
-
-    def read(path: Path) -> Header | None:
-        dataset, _ = open_header(path, tags=(*TAGS, *_TAGS), last_group=0x7FE0)
-        header = header_of(dataset, path, goes_on=any(name in dataset for name in _PIXELS))
-        if header is not None:
-            opened[path] = dataset
-        return header
-
-    entries = [index_one(path, read) for path in paths]
-    headers = [entry for entry in entries if isinstance(entry, Header)]
-    return headers, [entry for entry in entries if isinstance(entry, Finding)], opened
 
 
 def read_pixels(header: Header) -> Array:
@@ -105,23 +83,26 @@ def read_pixels(header: Header) -> Array:
     return without_padding(pixels.values, pixels.padding)
 
 
-def decode(header: Header, opened: Any = None) -> Pixels:
+def decode(header: Header, opened: Any = None, *, slices: int | None = None) -> Pixels:
     """Read one image as :func:`read_pixels` does, with padding told apart and left as it is.
 
     Parameters
     ----------
     opened : pydicom.Dataset, optional
-        The file as :func:`open_slices` has opened it.
+        The file, where it has been opened with all of :data:`TAGS`.
+    slices : int, optional
+        How many slices ``opened`` holds together, each of the header's size.
 
     Raises
     ------
     ConsiliumError
         As :func:`read_pixels`.
     """
-    from pydicom.pixels import apply_modality_lut
-
     path = header.path
-    dataset = opened if opened is not None else open_dicom(path, tags=_TAGS, last_group=0x7FE0)
+    shape = (
+        (header.rows, header.columns) if slices is None else (slices, header.rows, header.columns)
+    )
+    dataset = opened if opened is not None else open_dicom(path, tags=TAGS, last_group=0x7FE0)
     with reading(path, "DICOM image"), quietly():
         stored = decoded(dataset, path)
         colours = str(dataset.get("PhotometricInterpretation", ""))
@@ -132,9 +113,9 @@ def decode(header: Header, opened: Any = None) -> Pixels:
                 where=str(path),
                 hint="Export it as greyscale.",
             )
-        if stored.ndim == 3 and stored.shape[-1] == 3:
+        if stored.ndim == len(shape) + 1 and stored.shape[-1] == 3:
             stored = whole(np.rint(stored @ np.array(_LUMINANCE)))
-        if stored.shape != (header.rows, header.columns):
+        if stored.shape != shape:
             raise ConsiliumError(
                 "data.truncated",
                 "The pixels do not have the size that the header says.",
@@ -143,7 +124,7 @@ def decode(header: Header, opened: Any = None) -> Pixels:
         padding = padding_in(stored, dataset)
         if colours == "MONOCHROME1":
             stored = _inverted(stored, int(dataset.BitsStored), int(dataset.PixelRepresentation))
-        scaled: Array = apply_modality_lut(stored, dataset)
+        scaled = _rescaled(stored, dataset)
     return Pixels(whole(scaled), padding)
 
 
@@ -157,7 +138,7 @@ def stored_frame(path: Path, index: int) -> Array:
     """
     from pydicom.pixels import pixel_array
 
-    dataset = open_dicom(path, tags=_TAGS, last_group=0x7FE0)
+    dataset = open_dicom(path, tags=TAGS, last_group=0x7FE0)
     with reading(path, "DICOM image"), quietly():
         require_bounded(dataset, path)
         values: Array = pixel_array(dataset, index=index, raw=True)
@@ -173,10 +154,12 @@ def decoded(dataset: Any, path: Path) -> Array:
         ``data.codec``, ``data.format``, ``data.too-large`` or ``data.truncated``; whatever else
         a decoder raises is for :func:`~consilium_client.data.findings.reading`.
     """
+    from pydicom.pixels import pixel_array
+
     require_bounded(dataset, path)
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
-        values: Array = dataset.pixel_array
+        values: Array = pixel_array(dataset)
     except (RuntimeError, NotImplementedError) as error:
         if not syntax.is_compressed:
             raise
@@ -252,6 +235,24 @@ def whole(values: Array) -> Array:
     return rounded if np.array_equal(rounded, values) else values
 
 
+def _rescaled(stored: Array, dataset: Any) -> Array:
+    """Apply the modality rescale or its table (PS3.3 C.11.1)."""
+    from pydicom.pixels import apply_modality_lut
+
+    rescale = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
+    if (
+        stored.dtype.kind in "iu"
+        and all(isinstance(number, float) and number.is_integer() for number in rescale)
+        and not dataset.get("ModalityLUTSequence")
+    ):
+        slope, intercept = (int(number) for number in rescale)
+        range_ = np.iinfo(stored.dtype)
+        # Whole numbers stay whole: what float64 gives besides, at a quarter of the time.
+        if max(range_.max, -range_.min) * abs(slope) + abs(intercept) <= np.iinfo(np.int32).max:
+            return np.asarray(stored.astype(np.int32) * np.int32(slope) + np.int32(intercept))
+    return np.asarray(apply_modality_lut(stored, dataset))
+
+
 def _inverted(values: Array, bits: int, signed: int) -> Array:
     # The range of stored values is mirrored in itself: signed from -2^(b-1), unsigned from 0.
     total = -1 if signed else 2**bits - 1
@@ -318,7 +319,7 @@ def require_bounded(dataset: Any, path: Path) -> None:
 
 
 def _pixel_bytes(dataset: Any) -> Any:
-    for name in _PIXELS:
+    for name in PIXELS:
         if data := dataset.get(name):
             return data
     return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 from consilium_client.data.findings import Finding
 from consilium_client.data.ingest.cache import (
@@ -16,10 +17,10 @@ from consilium_client.data.ingest.cache import (
     load_entry,
 )
 from consilium_client.data.ingest.case import Located, locate, read_case
+from consilium_client.data.ingest.dicom_file import quietly
 from consilium_client.data.ingest.readers import CaseRead, read_cases, readers_for
 from consilium_client.data.ingest.room import estimated_bytes, in_words, make_room
 from consilium_client.data.ingest.sources import Sources
-from consilium_client.data.ingest.volume import Array
 from consilium_client.data.manifest import Manifest
 from consilium_client.data.match import class_names
 from consilium_client.data.parallel import side_by_side
@@ -32,7 +33,7 @@ from consilium_common.report.wording import plural
 _WORTH_CHILDREN: Final = 9
 #: Bytes of a case from which threads gain more than they wait for each other.
 _WORTH_THREADS: Final = 2 * 2**20
-#: Cases so small together are read here, unless they are DICOM, which takes far longer a byte.
+#: Cases so small together are read here, unless a decoder may end the process.
 _SMALL_BYTES: Final = 128 * 2**20
 
 
@@ -127,10 +128,10 @@ class _Unread:
 
 def _children_for(cases: Sequence[Located], needed: int) -> int:
     """Return by how many child processes cases are read; 0: in this one."""
-    if len(cases) >= _WORTH_CHILDREN:
-        many = needed >= _SMALL_BYTES or any(case.is_dicom for case in cases)
-        return readers_for(len(cases)) if many else 0
-    return int(any(case.may_crash for case in cases))
+    many = len(cases) >= _WORTH_CHILDREN
+    if not (many and needed >= _SMALL_BYTES) and not any(case.may_crash for case in cases):
+        return 0
+    return readers_for(len(cases)) if many else 1
 
 
 def _read(
@@ -143,20 +144,23 @@ def _read(
         return
     large = needed > _WORTH_THREADS * len(tasks)
     plain = large and all(located.is_plain for _, located in tasks)
-    read = side_by_side(_attempt, unread.values()) if plain else map(_attempt, unread.values())
-    for (number, _), outcome in zip(tasks, read, strict=True):
-        if isinstance(outcome, ConsiliumError):
-            yield number, outcome
-        else:
-            arrays, content = outcome
-            yield number, CaseRead(*writer.write(arrays, content), content)
+    dicom = plain and any(located.is_dicom for _, located in tasks)
+    # Threads share what silences pydicom: it is silent throughout, as long as they run.
+    with quietly() if dicom else nullcontext():
+        read = side_by_side(partial(_attempt, writer), tasks, threads=None if plain else 1)
+        with closing(read):
+            yield from read
 
 
-def _attempt(case: _Unread) -> tuple[dict[str, Array], dict[str, Any]] | ConsiliumError:
+def _attempt(
+    writer: FolderWriter, task: tuple[int, Located]
+) -> tuple[int, CaseRead | ConsiliumError]:
+    number, located = task
     try:
-        return read_case(case.located)
+        arrays, content = read_case(located)
     except ConsiliumError as error:
-        return error
+        return number, error
+    return number, CaseRead(*writer.write(arrays, content), content)
 
 
 def _sorted_out(

@@ -65,29 +65,33 @@ def order_of(planes: Sequence[Plane]) -> list[int]:
                 where=plane.name,
                 hint="Export the original series; name single pictures as files of their own.",
             )
-        numbers = (*plane.position, *plane.orientation, *plane.pixel_spacing)
-        if not np.isfinite(numbers).all() or min(plane.pixel_spacing) <= 0:
-            raise ConsiliumError(
-                "data.geometry",
-                "A slice's position or pixel spacing is not a possible number.",
-                where=plane.name,
-                hint="Export the series again from its source.",
-            )
-        same = (
-            (plane.rows, plane.columns) == (first.rows, first.columns)
-            and np.allclose(plane.orientation, first.orientation or (), atol=_SAME_DIRECTION)
-            and np.allclose(plane.pixel_spacing, first.pixel_spacing or (), rtol=1e-3)
+    positions = np.array([plane.position for plane in planes], dtype=np.float64)
+    directions = np.array([plane.orientation for plane in planes], dtype=np.float64)
+    spacings = np.array([plane.pixel_spacing for plane in planes], dtype=np.float64)
+    possible = (spacings > 0).all(axis=1)
+    for known in (positions, directions, spacings):
+        possible &= np.isfinite(known).all(axis=1)
+    if not possible.all():
+        raise ConsiliumError(
+            "data.geometry",
+            "A slice's position or pixel spacing is not a possible number.",
+            where=planes[int(possible.argmin())].name,
+            hint="Export the series again from its source.",
         )
-        if not same:
-            raise ConsiliumError(
-                "data.mixed-geometry",
-                "Slices of one series differ in size, direction or pixel spacing.",
-                where=f"{first.name} and {plane.name}",
-                hint="Is a localiser among them? Take it out of the folder.",
-            )
-    normal = _normal(first)
-    depth = [float(normal @ np.array(plane.position)) for plane in planes]
-    return sorted(range(len(planes)), key=depth.__getitem__)
+    same = np.array(
+        [(plane.rows, plane.columns) == (first.rows, first.columns) for plane in planes]
+    )
+    same &= np.isclose(directions, directions[0], atol=_SAME_DIRECTION).all(axis=1)
+    same &= np.isclose(spacings, spacings[0], rtol=1e-3).all(axis=1)
+    if not same.all():
+        raise ConsiliumError(
+            "data.mixed-geometry",
+            "Slices of one series differ in size, direction or pixel spacing.",
+            where=f"{first.name} and {planes[int(same.argmin())].name}",
+            hint="Is a localiser among them? Take it out of the folder.",
+        )
+    depth = positions @ _normal(first)
+    return [int(index) for index in np.argsort(depth, kind="stable")]
 
 
 def stack_affine(ordered: Sequence[Plane], where: str) -> Affine:

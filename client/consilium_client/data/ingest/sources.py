@@ -14,6 +14,7 @@ import numpy as np
 from consilium_client.data.ingest.dicom_headers import (
     Header,
     files_below,
+    files_in,
     index_files,
     is_dicom,
     read_header,
@@ -28,11 +29,11 @@ from consilium_client.data.ingest.nrrd import (
 )
 from consilium_client.data.ingest.nrrd import SUFFIXES as NRRD_SUFFIXES
 from consilium_client.data.ingest.picture import SUFFIXES, read_picture
-from consilium_client.data.ingest.pixels import open_slices
 from consilium_client.data.ingest.rtstruct import MODALITY as RTSTRUCT
 from consilium_client.data.ingest.rtstruct import read_structures
 from consilium_client.data.ingest.segmentation import read_segmentation
-from consilium_client.data.ingest.volume import Volume, reoriented, require_same_grid
+from consilium_client.data.ingest.slices import open_slices
+from consilium_client.data.ingest.volume import Volume, axes_of, reoriented, require_same_grid
 from consilium_common.errors import ConsiliumError
 
 _UID: Final = re.compile(r"[0-9]+(\.[0-9]+)+")
@@ -89,7 +90,7 @@ class Sources:
         if _is_there(path):
             if path.is_file():
                 return _source(path, part)
-            files = tuple(p for p in files_below(path) if p.parent == path)
+            files = tuple(files_in(path))
             return Source("dicom", files, str(path))
         if _UID.fullmatch(reference):
             found = self._index().get(reference)
@@ -176,8 +177,16 @@ def _kind(path: Path) -> Kind:
     )
 
 
-def read_image(source: Source) -> tuple[Volume, list[Header]]:
+def read_image(
+    source: Source, digests: dict[Path, bytes] | None = None
+) -> tuple[Volume, list[Header]]:
     """Read an image on its own grid, with the DICOM headers of its slices where it has them.
+
+    Parameters
+    ----------
+    digests : dict, optional
+        Takes the SHA-256 of files whose bytes were all read on the way, for
+        :func:`content_digest`.
 
     Raises
     ------
@@ -193,11 +202,14 @@ def read_image(source: Source) -> tuple[Volume, list[Header]]:
     if len(source.files) == 1:  # it may be large: its pixels are opened after its header is good
         header = read_header(source.files[0])
         return read_series([header] if header and header.is_image else [], source.where)
-    headers, findings, opened = open_slices(source.files)
-    if findings:
-        first = findings[0]
+    series = open_slices(source.files)
+    if series.findings:
+        first = series.findings[0]
         raise ConsiliumError(first.code, first.message, where=first.where, hint=first.hint)
-    return read_series([header for header in headers if header.is_image], source.where, opened)
+    if digests is not None:
+        digests.update(series.digests)
+    images = [header for header in series.headers if header.is_image]
+    return read_series(images, source.where, series.slices)
 
 
 def read_label(
@@ -290,10 +302,7 @@ def _turned_to(mask: Volume, image: Volume) -> Volume:
     )
     if mask.values.ndim != 3 or same:
         return mask
-    from nibabel.orientations import aff2axcodes
-
-    axes = "".join(str(code) for code in aff2axcodes(image.affine))
-    return reoriented(mask, axes)
+    return reoriented(mask, axes_of(image.affine))
 
 
 def _laid_on(mask: Volume, image: Volume) -> Volume:
@@ -322,16 +331,23 @@ def _laid_on(mask: Volume, image: Volume) -> Volume:
     return Volume(laid, image.affine)
 
 
-def content_digest(source: Source) -> str:
-    """Return the SHA-256 over the bytes of the source's files, in sorted order."""
+def content_digest(source: Source, known: Mapping[Path, bytes] | None = None) -> str:
+    """Return the SHA-256 over the SHA-256 of each of the source's files, in sorted order.
+
+    ``known`` has the digests of files that need not be read again.
+    """
     whole = hashlib.sha256()
     for path in sorted(source.files):
-        single = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(_CHUNK):
-                single.update(block)
-        whole.update(single.digest())
+        whole.update((known or {}).get(path) or _file_digest(path))
     if source.channel is not None or source.segment:
         part = source.segment if source.channel is None else source.channel
         whole.update(f"#{part}".encode())
     return whole.hexdigest()
+
+
+def _file_digest(path: Path) -> bytes:
+    single = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_CHUNK):
+            single.update(block)
+    return single.digest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -71,14 +72,33 @@ def reoriented(volume: Volume, axes: str) -> Volume:
         apply_orientation,
         axcodes2ornt,
         inv_ornt_aff,
-        io_orientation,
         ornt_transform,
     )
 
-    change = ornt_transform(io_orientation(volume.affine), axcodes2ornt(tuple(axes)))
+    change = ornt_transform(_orientation(volume.affine), axcodes2ornt(tuple(axes)))
     values = apply_orientation(volume.values, change)
     affine = volume.affine @ inv_ornt_aff(change, volume.values.shape)
     return Volume(np.ascontiguousarray(values), affine, volume.spacing_known)
+
+
+def axes_of(affine: Affine) -> str:
+    """Return where a grid's three axes run to, for example ``LPS``."""
+    from nibabel.orientations import ornt2axcodes
+
+    return "".join(str(code) for code in ornt2axcodes(_orientation(affine)))
+
+
+def _orientation(affine: Affine) -> Any:
+    return _orientation_of(np.asarray(affine, dtype=np.float64).tobytes())
+
+
+@lru_cache(maxsize=16)  # image, label and channels of a case lie alike
+def _orientation_of(affine: bytes) -> Any:
+    from nibabel.orientations import io_orientation
+
+    found = io_orientation(np.frombuffer(affine).reshape(4, 4))
+    found.flags.writeable = False
+    return found
 
 
 def corners(shape: tuple[int, ...], affine: Affine) -> Affine:
@@ -181,14 +201,15 @@ def _spans_space(affine: Affine) -> bool:
 def compact(values: Array) -> Array:
     """Return image values in the smallest type that holds them exactly: int16 or float32.
 
-    Integers that int16 cannot hold become int32, or float32 beyond (exact below 2^24).
+    Integers that int16 cannot hold become int32, or float32 beyond (exact below 2^24). The order
+    in memory stays as it is.
     """
     if values.dtype.kind in "iub":
         low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
         for dtype in (np.uint8, np.int16, np.int32):
             if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-                return np.ascontiguousarray(values, dtype=dtype)
-    return np.ascontiguousarray(values, dtype=np.float32)
+                return values.astype(dtype, copy=False)
+    return values.astype(np.float32, copy=False)
 
 
 def as_labels(values: Array, where: str) -> Array:
@@ -204,7 +225,7 @@ def as_labels(values: Array, where: str) -> Array:
     low, high = (values.min(), values.max()) if values.size else (0, 0)
     if not (low >= 0 and high <= 65535):
         raise _not_labels(where)
-    whole = np.ascontiguousarray(values, dtype=np.uint8 if high <= 255 else np.uint16)
+    whole = values.astype(np.uint8 if high <= 255 else np.uint16, copy=False)
     if values.dtype.kind == "f" and not np.array_equal(whole, values):
         raise _not_labels(where)
     return whole
