@@ -15,7 +15,7 @@ OUT ?= demo-state
 # Tests share the machine with the processes they start: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint unit integration long benchmarks clean
+.PHONY: demo test lint unit integration long soak benchmarks clean
 
 demo: $(VENV)/.runtime
 	@$(RUN) -m consilium_common demo --out "$(OUT)" \
@@ -33,11 +33,16 @@ unit: $(VENV)/.dev
 	$(RUN) -m pytest tests/unit -m "not long" -n 2
 
 integration: $(VENV)/.dev
-	$(RUN) -m pytest tests/integration tests/faults -m "not long" -n 2 --dist loadfile
+	$(RUN) -m pytest tests/integration tests/faults -m "not long and not soak" -n 3 --dist loadfile
 
 # The second stage: real studies on real images, through real processes.
 long: $(VENV)/.dev
 	$(RUN) -m pytest tests -m long -n 2 --dist loadfile
+
+# Delay, loss, a cut line and a new address, in network namespaces. CONSILIUM_LONG_FAULTS=1 cuts the
+# line for ten minutes in place of twenty seconds.
+soak: $(VENV)/.dev
+	$(RUN) -m pytest tests/faults -m soak
 
 benchmarks: $(VENV)/.dev
 	for file in tests/benchmarks/*.py; do $(RUN) "$$file" || exit 1; done

@@ -12,6 +12,7 @@ import pytest
 
 # First of all: whoever imports gRPC before this module would bring it without the restriction.
 import consilium_common.wire.tls13  # noqa: F401
+from consilium_common.console import MODE
 
 if TYPE_CHECKING:
     from federation import Federation
@@ -50,6 +51,12 @@ def _cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _for_people() -> None:
+    """Commands called in the tests' own process print for people, whatever a test before asked."""
+    MODE.json = MODE.debug = False
 
 
 @pytest.fixture(scope="session")

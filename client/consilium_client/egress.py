@@ -1,41 +1,88 @@
-"""The gate: what may leave a site is decided here, by what was approved, stored and charged.
+"""The gate: what may leave a site is decided here, by what was asked, approved, stored and charged.
 
-Flower names every object by the SHA-256 of its content. A reply's objects are registered when the
-reply is made; the gate passes exactly those, after it has looked itself whether the study is
-approved. In a private study it passes nothing but what the ledger has charged and released, byte
-for byte: a round's update, the noised figures of an evaluation, or the noised statistics. An
-evaluation without figures passes too: it says nothing.
+The process that trains announces a reply; nothing of what it announces is sent. The gate knows what
+the aggregator asked, takes from the store what was stored for that, checks it against the study's
+document and the ledger, and makes the reply anew. What was announced must name the very same
+objects. Before it leaves, its receipt is on the disk.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from typing import Final
+import math
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from consilium_client.flower_private import CRASHED_REASON, Push, object_ids, reason_code
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from consilium_client.declared import Declarations
+from consilium_client.error_replies import error_reason, listed_code
+from consilium_client.flower_private_fleet import (
+    Announced,
+    Asked,
+    Outgoing,
+    crashed,
+    outgoing,
+    refusal,
+)
 from consilium_client.home import SiteHome
-from consilium_client.store import StudyStore, public_error
+from consilium_client.receipts import Receipts
+from consilium_client.store import StoredUpdate, StudyStore
+from consilium_common.audit.receipts import Paid, Receipt, Release, SentTensor
+from consilium_common.canonical import canonical_json, digest
 from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.entries import Purpose
 from consilium_common.ledger.store import Ledger
-from consilium_common.wire.messages import to_server
+from consilium_common.models.weights import check_packed
+from consilium_common.study import Study
+from consilium_common.study.statistics import tables
+from consilium_common.wire.messages import Instructions, instructions_of, to_server
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 _log = logging.getLogger(__name__)
 
 #: What a message of Flower's kind asks for.
-_PURPOSES: Final[dict[str, Purpose]] = {
+PURPOSES: Final[dict[str, Purpose]] = {
     "train": "training",
     "evaluate": "evaluation",
     "query": "statistics",
 }
-#: An error reply's one object: metadata, a code and fixed words.
-_ERROR_OBJECT_BYTES: Final = 4096
+
+
+_MOST_STEPS: Final = 1_000_000
+
+
+class _Progress(BaseModel):
+    """The five values of ``progress.json``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    digest: str
+    phase: Literal["training", "evaluating", "counting", "sending", "done", "failed"]
+    round: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A reply that may leave.
+
+    ``study`` is empty for an error reply; ``receipt`` is None for a reply that releases nothing: an
+    error, or an evaluation without figures.
+    """
+
+    reply: Outgoing
+    study: str = ""
+    receipt: Receipt | None = None
 
 
 class EgressGate:
-    """Judges outgoing calls; keeps no state that a crash could lose.
+    """Judges replies; what it has to remember is in the receipts.
 
     Parameters
     ----------
@@ -43,75 +90,180 @@ class EgressGate:
         Its ledger and store are read afresh for every message.
     site : str
         Name of the site in the ledger.
+    signer : callable
+        Returns the site's ledger key, which signs the receipts.
+    declarations : Declarations, optional
+        What studies declare (default: computed by a process of its own).
     """
 
-    def __init__(self, home: SiteHome, site: str) -> None:
+    def __init__(
+        self,
+        home: SiteHome,
+        site: str,
+        signer: Callable[[], Ed25519PrivateKey],
+        declarations: Declarations | None = None,
+    ) -> None:
         self._home = home
         self._site = site
+        self._signer = signer
+        self._declarations = declarations or Declarations()
         self._store = StudyStore(home)
         self._ledger: Ledger | None = None
-        self._crash_objects: set[str] = set()
+        self._receipts: Receipts | None = None
+        self._lock = threading.Lock()
+        #: Approved before the site started: what of these does not run may never run again.
+        self._before: frozenset[str] | None = None
 
-    def check_message(self, push: Push) -> None:
-        """Raise ``privacy.egress`` unless every object of the message may leave."""
-        if push.error_reason is not None:
-            self._check_error(push)
-            return
-        permitted = [self._store.outgoing(object_id) for object_id in push.object_ids]
-        if not permitted or None in permitted:
-            raise self._refusal("an object that no approved study has stored")
-        # As a rule all are of one reply; the record of no figures is the same in every reply.
-        for digest, round_index, kind in {row for row in permitted if row is not None}:
-            study = self._store.approved(digest).study
-            if study.privacy.mode == "patient":
-                assert round_index is not None  # errors have none, and belong to no study
-                self._check_released(push, digest, round_index, kind)
+    def prepare(self, asked: Asked) -> None:
+        """Compute ahead what the study asked for declares, while its round is at work."""
+        try:
+            study = self._store.approved(_instructions(asked).study).study
+            self._declarations.of(study)
+        except ConsiliumError as error:
+            _log.warning("%s", error)  # the reply is judged anew, and refused for this then
 
-    def check_object(self, object_id: str, content: bytes) -> None:
-        """Raise ``privacy.egress`` unless the content is the object it is named, and permitted."""
-        if hashlib.sha256(content).hexdigest() != object_id:
-            raise self._refusal("an object whose content does not match its name")
-        if object_id in self._crash_objects:
-            if len(content) > _ERROR_OBJECT_BYTES or CRASHED_REASON.encode() not in content:
-                raise self._refusal("an error reply with other content")
-            self._crash_objects.discard(object_id)
-            return
-        if self._store.outgoing(object_id) is None:
-            raise self._refusal("an object that no approved study has stored")
+    def prepare_ahead(self, running: Collection[str]) -> None:
+        """Compute what studies declare that run, or were approved since this was first called.
 
-    def _check_error(self, push: Push) -> None:
-        reason = push.error_reason or ""
-        if len(push.object_ids) != 1:
-            raise self._refusal("an error reply with content")
-        if reason == CRASHED_REASON:
-            self._crash_objects.add(push.object_ids[0])
-            return
-        code = reason_code(reason)
-        if code is None or not _is_plain_error(reason, code):
-            raise self._refusal("an error reply with words of its own")
-
-    def _check_released(self, push: Push, digest: str, round_index: int, kind: str) -> None:
-        """Refuse a private study's reply that holds other than what the ledger has released.
-
-        Objects are named by their content: the names that a reply may have are computed here anew,
-        from what is stored under the hash that the ledger names.
+        So the first round of a study does not wait for it. Cheap where nothing has changed.
         """
-        content = set(push.object_ids[1:])  # the first is the message: metadata without content
-        if kind == "evaluate" and content == set(object_ids(to_server(None, None))):
-            return
-        purpose = _PURPOSES.get(kind)
+        try:
+            approved = {
+                one.study.digest: one.study
+                for one in self._store.decisions()
+                if one.decision == "approved"
+            }
+            if self._before is None:
+                self._before = frozenset(approved)
+            for digest, study in approved.items():
+                if digest in running or digest not in self._before:
+                    self._declarations.of(study)
+        except ConsiliumError as error:
+            _log.warning("%s", error)
+
+    def judge(self, asked: Asked, announced: Announced, node_id: int) -> Passed:
+        """Return the reply that may leave for what was announced.
+
+        Raises
+        ------
+        ConsiliumError
+            ``privacy.egress``, ``study.not-approved``, ``study.withheld``, ``privacy.*`` of the
+            ledger and the receipts, ``state.*``: nothing leaves.
+        """
+        with self._lock:
+            passed = self._judge(asked, announced, node_id)
+            _only_reply(asked, passed.reply)
+            asked.replied = passed.reply.message_id
+            return passed
+
+    def require_approved(self, study: str) -> None:
+        """Raise ``study.not-approved`` when the site has withdrawn from the study meanwhile."""
+        self._store.approved(study)
+
+    def sent(self, receipt: Receipt) -> None:
+        """Note that the aggregator has taken a whole release."""
+        self._open_receipts().sent(receipt)
+
+    def instead(self, asked: Asked, error: ConsiliumError, node_id: int) -> Passed | None:
+        """Return the error reply in place of a refused one; None when there was a reply already."""
+        with self._lock:
+            reply = outgoing(asked, node_id, reason=error_reason(error))
+            if asked.replied not in ("", reply.message_id):
+                return None
+            asked.replied = reply.message_id
+            return Passed(reply)
+
+    def _judge(self, asked: Asked, announced: Announced, node_id: int) -> Passed:
+        if announced.error is not None:
+            code = (
+                "run.site-failed" if crashed(announced.error) else listed_code(announced.error[1])
+            )
+            if code is None:
+                raise refusal("an error reply with words of its own")
+            reason = error_reason(ConsiliumError(code, ""))
+            return Passed(outgoing(asked, node_id, reason=reason))
+        instructions = _instructions(asked)
+        purpose = PURPOSES.get(asked.kind)
         if purpose is None:
-            raise self._refusal("a reply of a kind that no study has")
-        update = self._store.update(digest, round_index, purpose)
-        charge = self._open_ledger().find_charge(digest, round_index, purpose)
-        if update is None or charge is None or charge.update != update.sha256:
-            raise self._refusal(f"the result of a private {purpose} that was never released")
+            raise refusal("a reply of a kind that no study has")
+        study = self._store.approved(instructions.study).study
+        if purpose == "evaluation":
+            nothing = outgoing(asked, node_id, content=to_server(None, None))
+            if announced.is_of(nothing):
+                return Passed(nothing, study.digest)
+        update = self._store.update(study.digest, instructions.round_index, purpose)
+        if update is None:
+            raise refusal("a result that was never stored")
+        figures = self._checked_figures(study, update)
+        blob = None
+        tensors: list[SentTensor] = []
         if purpose == "training":
-            released = to_server(update.blob, None)
-        else:
-            released = to_server(None, json.loads(update.blob))
-        if content != set(object_ids(released)):
-            raise self._refusal("other content than the ledger has released")
+            blob = update.blob
+            specs = self._declarations.of(study).tensors
+            _check_tensors(blob, specs)
+            tensors = [
+                SentTensor(name=one.name, shape=list(one.shape), dtype=one.dtype) for one in specs
+            ]
+        reply = outgoing(asked, node_id, content=to_server(blob, figures))
+        if not announced.is_of(reply):
+            raise refusal("other content than the site has stored")
+        release = Release(
+            study=study.digest,
+            purpose=purpose,
+            round=instructions.round_index,
+            tensors=tensors,
+            figures=sorted(figures),
+            bytes=len(update.blob),
+            sha256=update.sha256,
+            objects=digest(list(reply.content_ids())),
+            event=self._paid(study, update),
+        )
+        # Before its receipt: what does not leave has none.
+        _only_reply(asked, reply)
+        return Passed(reply, study.digest, self._open_receipts().issue(release))
+
+    def _checked_figures(self, study: Study, update: StoredUpdate) -> dict[str, float]:
+        """Return the figures of a release, which are exactly those that may leave."""
+        figures = update.figures
+        if update.purpose != "training":
+            try:
+                figures = json.loads(update.blob)
+                canonical = canonical_json(figures) == update.blob
+            except (ValueError, TypeError, RecursionError):
+                canonical = False
+            if not canonical or not isinstance(figures, dict):
+                raise refusal("figures that are not in canonical form")
+        expected = permitted_figures(study, update.purpose)
+        given = frozenset(figures)
+        # The loss of a plain training leaves where the site's policy permits, and may be left out.
+        if given != expected and not (update.purpose == "training" and not given):
+            raise refusal("figures that the study does not release")
+        if not all(type(value) is float and math.isfinite(value) for value in figures.values()):
+            raise refusal("a figure that is no finite number")
+        if figures and study.privacy.mode == "none":
+            from consilium_client.budget.policy import load_policy
+
+            if not load_policy(self._home).release_exact_metrics:
+                raise refusal("exact figures that the site's policy keeps here")
+        return dict(figures)
+
+    def _paid(self, study: Study, update: StoredUpdate) -> Paid | None:
+        """Return the charge that covers a release, None where the study has no privacy.
+
+        Raises
+        ------
+        ConsiliumError
+            ``privacy.egress`` unless the ledger has charged what the study declares and released
+            exactly this.
+        """
+        if study.privacy.mode == "none":
+            return None
+        charge = self._open_ledger().find_charge(update.digest, update.round_index, update.purpose)
+        if charge is None or charge.state != "released" or charge.update != update.sha256:
+            raise refusal(f"the result of a private {update.purpose} that was never released")
+        if charge.event != self._declarations.of(study).events.get(update.purpose):
+            raise refusal(f"a {update.purpose} charged for less or more than the study declares")
+        return Paid(sequence=charge.entry.sequence, hash=charge.entry.hash)
 
     def _open_ledger(self) -> Ledger:
         if self._ledger is None:
@@ -120,21 +272,75 @@ class EgressGate:
                 self._ledger = Ledger.open(self._home.ledger, site=self._site)
             except ConsiliumError as error:
                 _log.error("%s", error)
-                raise self._refusal("an update while the ledger cannot be read") from error
+                raise refusal("an update while the ledger cannot be read") from error
         return self._ledger
 
-    def _refusal(self, what: str) -> ConsiliumError:
-        _log.error("refused to let out %s", what)
-        return ConsiliumError("privacy.egress", f"Refused to let out {what}.")
+    def _open_receipts(self) -> Receipts:
+        if self._receipts is None:
+            self._receipts = Receipts(self._home.receipts, self._signer(), self._site)
+        return self._receipts
 
 
-def error_reason(error: ConsiliumError) -> str:
-    """Return the words of an error reply: a code and nothing of the site's."""
-    return json.dumps(public_error(error), sort_keys=True)
+def permitted_figures(study: Study, purpose: Purpose) -> frozenset[str]:
+    """Return the names of exactly the figures that a study releases of one kind."""
+    release = study.evaluation.release
+    private = study.privacy.mode == "patient"
+    if purpose == "statistics":
+        names = [name for table in tables(study) for name in table.figures]
+        return frozenset(names if private else ())
+    if private:
+        return frozenset({"sum"} if purpose == "evaluation" and release == "private" else ())
+    if release != "exact":
+        return frozenset()
+    if purpose == "training":
+        return frozenset({"loss"})
+    if study.task.kind == "segmentation":
+        of = ("total", "count")
+        classes = (f"dice.{name}.{what}" for name in study.task.classes[1:] for what in of)
+        return frozenset({"cases", *classes})
+    return frozenset({"cases", "correct", "decisions"})
 
 
-def _is_plain_error(reason: str, code: str) -> bool:
+def public_progress(content: bytes, store: StudyStore) -> dict[str, Any] | None:
+    """Return what may leave of ``progress.json``; None when it is not what we write.
+
+    The file is written by the process that runs tasks. Phase and round are public; steps are told
+    of studies without privacy alone, since how long a private step takes depends on data. Of a
+    study that is approved no longer all that is told is that its work has failed.
+    """
     try:
-        return reason == error_reason(ConsiliumError(code, ""))
-    except ValueError:
-        return False
+        given = _Progress.model_validate_json(content)
+    except ValidationError:
+        return None
+    decided = store.decision(given.digest)
+    if decided is None:
+        return None
+    study = decided.study
+    number, step, steps = given.round, given.step, given.steps
+    known = steps == 0 if study.privacy.mode == "patient" else steps <= _MOST_STEPS
+    if not (0 <= number <= study.federation.rounds and 0 <= step <= steps and known):
+        return None
+    if decided.decision != "approved":
+        # Withdrawn from in the middle of a round: its work comes to nothing, whatever is said.
+        return {**given.model_dump(), "phase": "failed", "step": 0, "steps": 0}
+    return given.model_dump()
+
+
+def _instructions(asked: Asked) -> Instructions:
+    try:
+        return instructions_of(asked.settings())
+    except ConsiliumError as error:
+        raise refusal("a reply to a message that asks for no round") from error
+
+
+def _only_reply(asked: Asked, reply: Outgoing) -> None:
+    if asked.replied not in ("", reply.message_id):
+        raise refusal("a second reply to a message")
+
+
+def _check_tensors(blob: bytes, specs: Any) -> None:
+    try:
+        check_packed(blob, specs)
+    except ConsiliumError as error:
+        _log.error("%s", error)
+        raise refusal("an update that is not of the study's tensors") from error

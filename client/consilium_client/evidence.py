@@ -1,4 +1,4 @@
-"""What the privacy officer takes along: ledger, keys, studies, egress; for `audit report`."""
+"""What the privacy officer takes along: ledger, keys, studies, egress, receipts; for `audit`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
+from consilium_client.receipts import export_receipts
 from consilium_client.store import StudyStore
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
@@ -41,19 +42,20 @@ def write_evidence(home: SiteHome, identity: SiteIdentity, folder: Path) -> dict
 
     ``ledger.jsonl`` (with the witness's records), ``ledger-public.pem``, ``ledger-signer.pem``,
     ``authority.pem``, ``witness.pem`` where it is known, ``studies/<digest>.json`` (canonical
-    JSON, so a file's SHA-256 is its name) and ``egress.json``. No private key, no identity; the
-    ledger names patients by keyed hash.
+    JSON, so a file's SHA-256 is its name), ``egress.json`` (what was stored to leave) and
+    ``receipts.jsonl`` (signed receipts of what left). No private key, no identity; the ledger names
+    patients by keyed hash.
 
     Returns
     -------
     dict
-        Folder, site, head of the ledger, number of studies and of stored releases.
+        Folder, site, head of the ledger, number of studies, of stored releases and of receipts.
 
     Raises
     ------
     ConsiliumError
         ``state.not-empty`` when the folder holds anything, ``privacy.no-ledger``, and those of
-        opening the ledger; ``state.disk``.
+        opening the ledger; ``privacy.receipts-broken``, ``state.receipts``; ``state.disk``.
     """
     folder = folder.expanduser().resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -94,6 +96,9 @@ def _beside(folder: Path) -> Path:
 
 def _write(home: SiteHome, identity: SiteIdentity, folder: Path) -> dict[str, Any]:
     site = identity.config.name
+    # Receipts first: what leaves meanwhile is in the ledger already, and has its receipt next time.
+    public = identity.signer().public_key()
+    receipts = export_receipts(home.receipts, public, site, folder / "receipts.jsonl")
     with Ledger.open(home.ledger, site=site) as ledger:
         head, rows = _export(home, ledger, folder / "ledger.jsonl")
     for name in _KEYS:
@@ -113,6 +118,7 @@ def _write(home: SiteHome, identity: SiteIdentity, folder: Path) -> dict[str, An
         "head": head,
         "studies": len(decisions),
         "released": len(rows),
+        "receipts": receipts,
         "witness": witness.exists(),
     }
 

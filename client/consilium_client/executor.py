@@ -17,13 +17,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from consilium_client.egress import error_reason
+from consilium_client.error_replies import error_reason
 from consilium_client.home import HOME_VARIABLE, SiteHome
-from consilium_client.store import StudyStore
 from consilium_common.errors import ConsiliumError
-from consilium_common.wire.messages import instructions_of
 
 _log = logging.getLogger(__name__)
 
@@ -110,24 +108,12 @@ def _run(home: SiteHome, address: str, token: str, arrivals: Arrivals) -> None:
     from consilium_client.app import app
     from consilium_client.flower_private import run_client_task
 
-    store = StudyStore(home)
-
-    def permit(message: Any, reply: Any, object_ids: list[str]) -> None:
-        if reply.has_error():
-            store.permit_outgoing(object_ids, "", None, "error")
-        else:
-            asked = instructions_of(message.content)
-            kind = str(message.metadata.message_type)
-            store.permit_outgoing(object_ids, asked.study, asked.round_index, kind)
-
     def reason(error: ConsiliumError) -> str:
         _log.error("%s", error)
         return error_reason(error)
 
     try:
-        run_client_task(
-            address, token, app, permit=permit, public_reason=reason, watch=arrivals.watch
-        )
+        run_client_task(address, token, app, public_reason=reason, watch=arrivals.watch)
     except Exception:
         # The SuperNode reports the task as crashed; the next one must still be served.
         _log.exception("a task failed")

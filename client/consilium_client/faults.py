@@ -44,12 +44,15 @@ STATISTICS_POINTS: Final = (
     "statistics.voided",
 )
 #: Of the reply, in the executor.
-EXECUTOR_POINTS: Final = ("reply.made", "reply.permitted", "reply.pushed", "reply.done")
+EXECUTOR_POINTS: Final = ("reply.made", "reply.pushed", "reply.done")
 #: Of the calls by which a message comes and a reply leaves, in the link.
-LINK_POINTS: Final = tuple(
-    f"link.{when}.{call}"
-    for call in ("PushMessages", "PushObject", "ConfirmMessageReceived")
-    for when in ("before", "after")
+LINK_POINTS: Final = (
+    "link.receipt",
+    *(
+        f"link.{when}.{call}"
+        for call in ("PushMessages", "PushObject", "ConfirmMessageReceived")
+        for when in ("before", "after")
+    ),
 )
 
 

@@ -1,4 +1,6 @@
-"""Everything of Flower's private interface that a site touches, and nothing else.
+"""Flower's private interface as a site's processes use it: the SuperNode, and tasks taken from it.
+
+What the link speaks is in :mod:`consilium_client.flower_private_fleet`; nothing else is touched.
 
 A contract test (`tests/unit/test_flower_contract.py`) fails loudly when a Flower release changes
 what is used here.
@@ -6,24 +8,18 @@ what is used here.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from cryptography.hazmat.primitives.asymmetric import ec
-
 from consilium_client.faults import fault_point
+from consilium_client.flower_private_fleet import foreign_bundle
 from consilium_common.errors import ConsiliumError
 from consilium_common.flower_bundle import bundle_hash
 
-#: What a SuperNode itself answers when a task process died; the only words of Flower's that may
-#: leave in an error reply.
-CRASHED_REASON: Final = "ClientApp stopped responding."
 #: Seconds between looks for a part of a message that is still coming.
 _SHORTEST_PAUSE: Final = 0.03
 _LONGEST_PAUSE: Final = 2.0
@@ -43,113 +39,6 @@ def supernode_command(
         *("--isolation", "process", "--host", "127.0.0.1", "--port", str(runtime_port)),
         *("--superexec-auth-secret-file", str(secret)),
     ]
-
-
-def node_headers(key: ec.EllipticCurvePrivateKey) -> list[tuple[str, str]]:
-    """Return the headers with which a SuperNode proves its key (a signed time)."""
-    import base64
-
-    from flwr.common.constant import TIMESTAMP_HEADER
-    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-    from flwr.supercore.date import now
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
-
-    moment = now().isoformat()
-    signature = sign_message(key, moment.encode("ascii"))
-    public = public_key_to_bytes(key.public_key())
-    return [
-        (FLEET_HTTP_PUBLIC_KEY_HEADER, base64.b64encode(public).decode("ascii")),
-        (TIMESTAMP_HEADER, moment),
-        (FLEET_HTTP_SIGNATURE_HEADER, base64.b64encode(signature).decode("ascii")),
-    ]
-
-
-def deactivate_request(node_id: int) -> bytes:
-    """Return the body of a DeactivateNode call."""
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-
-    body: bytes = DeactivateNodeRequest(node_id=node_id).SerializeToString()
-    return body
-
-
-def activated_node(response: bytes) -> int:
-    """Return the node id in an ActivateNode response."""
-    from flwr.proto.fleet_pb2 import ActivateNodeResponse
-
-    return int(ActivateNodeResponse.FromString(response).node_id)
-
-
-@dataclass(frozen=True)
-class Push:
-    """An outgoing reply as PushMessages announces it."""
-
-    body: bytes  #: the request, without the run time that Flower adds
-    object_ids: tuple[str, ...]  #: of the message, which comes first, and everything in it
-    error_reason: str | None  #: of an error reply
-
-
-def read_push(body: bytes) -> Push:
-    """Parse a PushMessages request and drop from it what is nobody's business.
-
-    Flower adds how long the app ran: a duration depends on the data, so it is removed.
-
-    Raises
-    ------
-    ConsiliumError
-        ``privacy.egress`` unless it is exactly one reply without inline content.
-    """
-    from flwr.proto.fleet_pb2 import PushMessagesRequest
-    from google.protobuf.message import DecodeError
-
-    try:
-        request = PushMessagesRequest.FromString(body)
-    except DecodeError as error:
-        raise ConsiliumError("privacy.egress", "An outgoing message cannot be read.") from error
-    if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
-        raise ConsiliumError("privacy.egress", "An outgoing call carries other than one message.")
-    message = request.messages_list[0]
-    if message.HasField("content") and message.content.ByteSize() > 0:
-        raise ConsiliumError("privacy.egress", "An outgoing message carries inline content.")
-    request.DiscardUnknownFields()
-    del request.clientapp_runtime_list[:]
-    request.clientapp_runtime_list.append(0.0)
-    reason = message.error.reason if message.HasField("error") else None
-    return Push(request.SerializeToString(), tuple(_walk(request.message_object_trees[0])), reason)
-
-
-def confirmed_message(body: bytes) -> str:
-    """Return the id of the message that a ConfirmMessageReceived request says has come whole."""
-    from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
-
-    return str(ConfirmMessageReceivedRequest.FromString(body).message_object_id)
-
-
-def read_push_object(body: bytes) -> tuple[str, bytes]:
-    """Return id and content of an outgoing object, or raise ``privacy.egress``."""
-    from flwr.proto.message_pb2 import PushObjectRequest
-    from google.protobuf.message import DecodeError
-
-    try:
-        request = PushObjectRequest.FromString(body)
-    except DecodeError as error:
-        raise ConsiliumError("privacy.egress", "An outgoing object cannot be read.") from error
-    return str(request.object_id), bytes(request.object_content)
-
-
-def object_ids(whole: Any) -> list[str]:
-    """Return the ids of a message or record and of everything in it, the whole itself last.
-
-    An id is the SHA-256 of the object's content, so equal records have equal ids.
-    """
-    from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
-
-    return [str(tree.object_id) for tree in iterate_object_tree(get_object_tree(whole))]
-
-
-def _walk(tree: Any) -> Iterator[str]:
-    yield tree.object_id
-    for child in tree.children:
-        yield from _walk(child)
 
 
 class TaskSource:
@@ -249,22 +138,18 @@ def run_client_task(
     token: str,
     app: Callable[[Any, Any], Any],
     *,
-    permit: Callable[[Any, Any, list[str]], None],
     public_reason: Callable[[ConsiliumError], str],
     watch: Callable[[str], Callable[[], bool]],
 ) -> None:
     """Run one ClientApp task, from pulling its message to pushing the reply.
 
-    Does what Flower's `run_clientapp` does, except that no bundle is unpacked, no context leaves
-    the process, and the ids of all objects of the reply are given to ``permit`` before anything is
-    pushed. A refusal is an error reply: silence would stall the round.
+    Does what Flower's `run_clientapp` does, except that no bundle is unpacked and no context leaves
+    the process. A refusal is an error reply: silence would stall the round.
 
     Parameters
     ----------
     app : callable
         ``app(message, context)`` returns the reply.
-    permit : callable
-        ``permit(message, reply, object_ids)`` is told what the reply consists of.
     public_reason : callable
         The words of an error reply.
     watch : callable
@@ -310,11 +195,7 @@ def run_client_task(
         message, context, _, fab = pull_task_input(source)
         try:
             if fab.hash_str != bundle_hash() or _sha256(fab.content) != bundle_hash():
-                raise ConsiliumError(
-                    "run.foreign-bundle",
-                    "The aggregator sent code that is not this site's installed release.",
-                    hint="Site and aggregator must run the same release of consilium.",
-                )
+                raise foreign_bundle()
             reply = app(message, context)
         except Exception as error:
             # A SuperNode waits for the reply for ever: whatever happens, there is one.
@@ -329,8 +210,6 @@ def run_client_task(
             )
         reply.metadata.__dict__["_message_id"] = reply.object_id
         fault_point("reply.made")
-        permit(message, reply, object_ids(reply))
-        fault_point("reply.permitted")
         push_message(client, reply, context)
         fault_point("reply.pushed")
         status, details = SubStatus.COMPLETED, ""
@@ -343,15 +222,6 @@ def run_client_task(
         heartbeat.stop()
         pulse.close()
         client.close()
-
-
-def reason_code(reason: str) -> str | None:
-    """Return the error code in an error reply's reason, None when it is not one of ours."""
-    try:
-        value = json.loads(reason)
-        return str(value["code"])
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def _sha256(content: bytes) -> str:

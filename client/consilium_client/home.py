@@ -74,6 +74,16 @@ class SiteHome:
         return self.path / "studies.db"
 
     @property
+    def receipts(self) -> Path:
+        """``receipts.db``: signed receipts of all that left (SQLite); the link writes it."""
+        return self.path / "receipts.db"
+
+    @property
+    def refused(self) -> Path:
+        """How often the link refused to let something out, and what last."""
+        return self.run / "refused.json"
+
+    @property
     def identity(self) -> Path:
         """Keys and certificates."""
         return private_folder(self.path / "identity")

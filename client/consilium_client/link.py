@@ -1,8 +1,9 @@
 """The link: a site's only way out.
 
 Towards the SuperNode it is an HTTPS endpoint on loopback; towards the aggregator a mutually
-authenticated gRPC channel. It forwards the Fleet calls one by one as raw bytes, asks the egress
-gate before anything leaves, and tells the aggregator that the site is there.
+authenticated gRPC channel. What the SuperNode says is read and never forwarded: every Fleet call is
+made anew, headers and all, from what the aggregator named and what the egress gate lets out. It
+also tells the aggregator that the site is there.
 """
 
 from __future__ import annotations
@@ -16,28 +17,32 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
-from consilium_client.egress import EgressGate
+from consilium_client.connection import Connection
+from consilium_client.egress import EgressGate, public_progress
 from consilium_client.faults import fault_point
-from consilium_client.flower_private import (
-    activated_node,
-    confirmed_message,
+from consilium_client.fleet_calls import FleetCalls
+from consilium_client.flower_private_fleet import (
+    Asked,
+    announced_in,
     deactivate_request,
     node_headers,
-    read_push,
-    read_push_object,
+    node_key,
+    read_request,
+    refusal,
 )
+from consilium_client.greeting import Greeting, greeting, read_greeting
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
-from consilium_common import __version__
+from consilium_client.refusals import Refusals
+from consilium_client.sending import Sendings
+from consilium_client.store import StudyStore
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.identity.keys import load_tls_key
-from consilium_common.wire.channel import CHANNEL_OPTIONS, rpc_error
 from consilium_common.wire.methods import (
     ERROR_KEY,
     FLEET_CALL_BY_PATH,
-    FLEET_HEADER_PREFIX,
     HTTP_STATUS_KEY,
     MAX_MESSAGE_BYTES,
     PROTOBUF_MEDIA_TYPE,
@@ -56,6 +61,11 @@ _CALL_SECONDS: Final = 29.0
 #: So long a SuperNode's call is held while its task works; below the 30 s after which it gives up.
 _REPLY_SECONDS: Final = 15.0
 _REPLY_POLL_SECONDS: Final = 0.01
+#: Calls with a model's chunk that are worked on at a time; further ones wait outside, unread.
+_CHUNKS_AT_ONCE: Final = 4
+_WITH_CHUNK: Final = frozenset({"PullObject", "PushObject"})
+#: Bytes that are encrypted and sent at a time.
+_SLICE: Final = 256 * 1024
 
 
 class Link:
@@ -65,22 +75,37 @@ class Link:
     ----------
     say : callable
         Tells the site operator what they should know.
+    heard : callable
+        Gets each answer of the aggregator to our greeting (default: nobody does).
     """
 
-    def __init__(self, home: SiteHome, identity: SiteIdentity, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        home: SiteHome,
+        identity: SiteIdentity,
+        say: Callable[[str], None],
+        heard: Callable[[Greeting], None] = lambda _: None,
+    ) -> None:
         self._home = home
         self._identity = identity
-        self._gate = EgressGate(home, identity.config.name)
+        # The same key for the site's whole life: it is the Flower node's too.
+        self._key = load_tls_key(identity.folder / "site-key.pem")
+        self._gate = EgressGate(home, identity.config.name, identity.signer)
+        self._calls = FleetCalls(node_key(self._key.public_key()))
+        self._sendings = Sendings(self._gate)
+        self._refusals = Refusals(home.refused)
+        self._room = asyncio.Semaphore(_CHUNKS_AT_ONCE)
+        self._ahead: set[asyncio.Task[None]] = set()
         self._say = say
         self._session = secrets.token_hex(8)
-        self._channel = grpc.aio.secure_channel(
-            identity.config.address, identity.credentials().for_grpc(), options=CHANNEL_OPTIONS
-        )
+        self._connection = Connection(identity)
+        self._heard = heard
         self._wake = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._wake.setblocking(False)
         self._connected: bool | None = None
         self._replied_before = 0
         self._running: list[str] | None = None
+        self._prepared: tuple[object, ...] = ()
 
     async def application(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one HTTPS request of the SuperNode (ASGI)."""
@@ -91,70 +116,136 @@ class Link:
         except asyncio.CancelledError:
             # The site is stopping, and a call was held open: whoever asked is being stopped too.
             status, content = 503, b""
-        headers = [(b"content-type", PROTOBUF_MEDIA_TYPE.encode())]
+        headers = [
+            (b"content-type", PROTOBUF_MEDIA_TYPE.encode()),
+            (b"content-length", str(len(content)).encode()),
+        ]
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+        # In pieces: encrypted in one go, a chunk would be in memory three times over.
+        for start in range(0, len(content), _SLICE):
+            piece = content[start : start + _SLICE]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
     async def _answer(self, scope: Any, receive: Any) -> tuple[int, bytes]:
         prefix, _, name = scope["path"].rpartition("/")
         call = FLEET_CALL_BY_PATH.get(name)
         if prefix != "/v1/fleet" or call is None or scope["method"] != "POST":
             return 404, b""
+        room = self._room if call in _WITH_CHUNK else contextlib.nullcontext()
+        async with room:
+            return await self._work(call, receive)
+
+    async def _work(self, call: str, receive: Any) -> tuple[int, bytes]:
         body = await _read_body(receive)
         if body is None:
             return 413, b""
-        headers = [
-            (key.decode("latin-1"), value.decode("latin-1"))
-            for key, value in scope["headers"]
-            if key.startswith(FLEET_HEADER_PREFIX.encode())
-        ]
         try:
-            return await self._forward(call, self._judge(call, body), headers)
+            if call == "PushObject":
+                return await self._push_object(body)
+            request = read_request(call, body)
+            if call == "PushMessages":
+                return await self._reply(request)
+            return await self._protocol_call(call, request)
         except ConsiliumError as error:
-            self._say(f"the link refused {call}: {error}")
+            if error.code == "network.bad-answer":
+                self._say(f"{call} failed: {error}")
+                return 503, b""
+            if self._refusals.note(call, error):
+                self._say(f"the link refused {call}: {error}")
             # 403 ends the matter for Flower; it would try again for ever after others.
             return 403, b""
 
-    def _judge(self, call: str, body: bytes) -> bytes:
-        """Return what may be forwarded of an outgoing call, or raise."""
-        if call == "PushMessages":
-            push = read_push(body)
-            self._gate.check_message(push)
-            return push.body
-        if call == "PushObject":
-            self._gate.check_object(*read_push_object(body))
-        return body
+    async def _protocol_call(self, call: str, request: Any) -> tuple[int, bytes]:
+        status, content = await self._forward(call, self._calls.made_anew(call, request))
+        if status != 200:
+            return status, content
+        try:
+            known = self._calls.answered(call, request, content)
+        except ConsiliumError as error:
+            if error.code == "run.foreign-bundle":
+                for asked in self._calls.of_run(int(request.run_id)):
+                    await self._stand_in(asked, error, self._calls.own_node())
+            raise
+        if known is not None:
+            # While the round is at work, so that its reply does not wait for it.
+            self._ahead_of(self._gate.prepare, known)
+        if call == "ActivateNode":
+            node = {"node_id": self._calls.own_node()}
+            write_atomic(self._home.run / "node.json", json.dumps(node).encode())
+        if call == "PullMessages":
+            self._replied_before = self._replied_at()
+        if call == "ConfirmMessageReceived":
+            self._wake_executor(str(request.message_object_id))
+            await self._until_replied()
+        return status, content
 
-    async def _forward(
-        self, call: str, body: bytes, headers: list[tuple[str, str]]
-    ) -> tuple[int, bytes]:
+    def _ahead_of(self, prepare: Callable[[Any], None], what: Any) -> None:
+        task = asyncio.create_task(asyncio.to_thread(prepare, what))
+        self._ahead.add(task)
+        task.add_done_callback(self._ahead.discard)
+
+    async def _reply(self, request: Any) -> tuple[int, bytes]:
+        """Send the one reply that may leave for what the SuperNode announces."""
+        announced = announced_in(request)
+        asked = self._calls.asked(announced.reply_to)
+        node_id = self._calls.own_node()
+        try:
+            # Large updates are hashed: other calls go on meanwhile.
+            passed = await asyncio.to_thread(self._gate.judge, asked, announced, node_id)
+        except ConsiliumError as error:
+            await self._stand_in(asked, error, node_id)
+            raise
+        fault_point("link.receipt")
+        status, content = await self._forward("PushMessages", passed.reply.body)
+        if status != 200:
+            return status, content
+        return status, self._sendings.begin(
+            node_id, asked.run_id, announced.message_id, passed, content
+        )
+
+    async def _stand_in(self, asked: Asked, error: ConsiliumError, node_id: int) -> None:
+        """Send an error reply for one that was refused: silence would stall the round."""
+        passed = self._gate.instead(asked, error, node_id)
+        if passed is None:
+            return
+        status, content = await self._forward("PushMessages", passed.reply.body)
+        if status != 200:
+            return
+        own = passed.reply.message_id
+        self._sendings.begin(node_id, asked.run_id, own, passed, content)
+        body = self._sendings.whole_error(passed)
+        if body is not None:
+            await self._forward("PushObject", body)
+
+    async def _push_object(self, body: bytes) -> tuple[int, bytes]:
+        sending, name, made = await asyncio.to_thread(self._sendings.object, body)
+        status, content = await self._forward("PushObject", made)
+        if status == 200:
+            await asyncio.to_thread(self._sendings.stored, sending, name)
+        return status, content
+
+    async def _forward(self, call: str, body: bytes) -> tuple[int, bytes]:
         fault_point(f"link.before.{call}")
-        invoke = self._channel.unary_unary(fleet_method(call))(
-            body, metadata=headers, timeout=_CALL_SECONDS
+        # Headers are ours too: nothing of the SuperNode's is repeated.
+        invoke = self._connection.unary(fleet_method(call))(
+            body, metadata=node_headers(self._key), timeout=_CALL_SECONDS
         )
         try:
             content: bytes = await invoke
             trailing = dict(await invoke.trailing_metadata() or ())
         except grpc.aio.AioRpcError as error:
-            return self._failed(error), b""
+            return await self._failed(error), b""
         fault_point(f"link.after.{call}")
-        status = int(trailing.get(HTTP_STATUS_KEY, 200))
-        if status == 200 and call == "ActivateNode":
-            node = {"node_id": activated_node(content)}
-            write_atomic(self._home.run / "node.json", json.dumps(node).encode())
-        if call == "PullMessages":
-            self._replied_before = self._replied_at()
-        if call == "ConfirmMessageReceived":
-            self._wake_executor(confirmed_message(body))
-            await self._until_replied()
-        return status, content
+        return int(trailing.get(HTTP_STATUS_KEY, 200)), content
 
-    def _failed(self, error: Any) -> int:
+    async def _failed(self, error: Any) -> int:
         """Return the HTTP status that makes the SuperNode do the right thing."""
         for key, value in error.trailing_metadata() or ():
             if key == ERROR_KEY:
                 reason = ConsiliumError.from_dict(json.loads(value))
                 if reason.code.startswith("identity."):
+                    reason = await self._connection.explain(error)
                     self._say(f"the aggregator refuses this site: {reason}")
                     return 401  # the SuperNode ends; the supervisor tries again, slowly
                 return 503
@@ -162,25 +253,27 @@ class Link:
 
     async def hello_for_ever(self) -> None:
         """Tell the aggregator every few seconds that this site is there."""
-        invoke = self._channel.unary_unary(SITE_HELLO)
+        invoke = self._connection.unary(SITE_HELLO)
         while True:
-            request = canonical_json({"version": __version__, "session": self._session})
             try:
-                answer = json.loads(await invoke(request, timeout=10))
+                said = greeting(self._session, self._identity.trust.digest)
+                answer = read_greeting(await invoke(said, timeout=10))
                 if self._connected is not True:
                     self._say(
                         f"connected to {self._identity.config.address}"
-                        f" (aggregator {answer['version']})"
+                        f" (aggregator {answer.version})"
                     )
                 self._connected = True
-                self._note_running(answer["running"])
-            except grpc.aio.AioRpcError as error:
+                self._note_running(answer.running)
+                if not self._ahead and self._store_changed(answer.running):
+                    self._ahead_of(self._gate.prepare_ahead, answer.running)
+                self._heard(answer)
+            except (grpc.aio.AioRpcError, ConsiliumError) as error:
                 if self._connected is not False:
-                    problem = await asyncio.to_thread(
-                        rpc_error,
-                        error,
-                        self._identity.config.address,
-                        self._identity.credentials(),
+                    problem = (
+                        error
+                        if isinstance(error, ConsiliumError)
+                        else await self._connection.explain(error)
                     )
                     self._say(f"not connected: {problem}")
                 self._connected = False
@@ -188,15 +281,21 @@ class Link:
 
     async def progress_for_ever(self) -> None:
         """Pass on what the executor writes about the running round: public facts alone."""
-        path, sent = self._home.run / "progress.json", b""
-        invoke = self._channel.unary_unary(SITE_PROGRESS)
+        path, seen = self._home.run / "progress.json", b""
+        store = StudyStore(self._home)
+        invoke = self._connection.unary(SITE_PROGRESS)
         while True:
             await asyncio.sleep(_PROGRESS_SECONDS)
-            with contextlib.suppress(OSError, grpc.aio.AioRpcError):
+            with contextlib.suppress(OSError, grpc.aio.AioRpcError, ConsiliumError):
                 content = path.read_bytes()
-                if content != sent:
-                    await invoke(content, timeout=5)
-                    sent = content
+                if content == seen:
+                    continue
+                public = public_progress(content, store)
+                if public is None:
+                    self._refusals.note("Progress", refusal("what progress never says"))
+                else:
+                    await invoke(canonical_json(public), timeout=5)
+                seen = content
 
     async def free_node(self) -> None:
         """Deactivate the node that a killed predecessor left active.
@@ -210,16 +309,15 @@ class Link:
         if not path.exists():
             return
         node_id = int(json.loads(path.read_text(encoding="utf-8"))["node_id"])
-        headers = node_headers(load_tls_key(self._identity.folder / "site-key.pem"))
         with contextlib.suppress(grpc.aio.AioRpcError):
-            await self._channel.unary_unary(fleet_method("DeactivateNode"))(
-                deactivate_request(node_id), metadata=headers, timeout=5
+            await self._connection.unary(fleet_method("DeactivateNode"))(
+                deactivate_request(node_id), metadata=node_headers(self._key), timeout=5
             )
         path.unlink(missing_ok=True)
 
     async def close(self) -> None:
         """Close the channel."""
-        await self._channel.close()
+        await self._connection.close()
         self._wake.close()
 
     def _note_running(self, digests: list[str]) -> None:
@@ -229,6 +327,15 @@ class Link:
             with contextlib.suppress(ConsiliumError):
                 write_atomic(self._home.running, json.dumps(digests).encode(), durable=False)
                 self._running = digests
+
+    def _store_changed(self, digests: list[str]) -> bool:
+        """Whether something was decided or stored, or other studies run, since the last time."""
+        try:
+            now = (self._home.studies.stat().st_mtime_ns, *digests)
+        except OSError:
+            return False  # it is said where it matters
+        before, self._prepared = self._prepared, now
+        return now != before
 
     async def _until_replied(self) -> None:
         """Hold the SuperNode's call until its task has replied, for a while.

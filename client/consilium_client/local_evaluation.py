@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,17 @@ def evaluate(
     site: str,
     rounds_done: int,
     last: bool,
+    before_case: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate on the site's test patients and write a report folder.
 
     Writes ``reports/<digest>/round-NNNNN.json``, of the starting model too (``round-00000.json``);
-    after the last round also ``evaluation.json`` and pictures of a few cases.
+    after the last round also ``evaluation.json`` and pictures of a few cases. What ``before_case``
+    raises ends it.
     """
     study = session.study
     tensors = unpack(weights)
-    evaluation = session.evaluate(tensors, "test")
+    evaluation = session.evaluate(tensors, "test", before_case)
     folder = private_folder(home.reports / study.digest[:16])
     figures = {
         "site": site,

@@ -8,7 +8,7 @@ figures of an evaluation and the statistics go the same way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from consilium_client.budget.charging import charge_round, require_permitted
@@ -17,6 +17,7 @@ from consilium_client.faults import fault_point
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
 from consilium_client.score_query import ScoreQuery
+from consilium_client.standing import Standing
 from consilium_client.statistics_query import StatisticsQuery
 from consilium_client.store import Decision, StoredUpdate, StudyStore
 from consilium_client.training.evaluation import Evaluation, exact_figures, patient_scores
@@ -31,7 +32,7 @@ from consilium_common.privacy.events import SCORE_SENSITIVITY, PrivacyEvent
 from consilium_common.wire.messages import Instructions
 
 if TYPE_CHECKING:
-    from consilium_client.data.cohort import Patient
+    from consilium_client.data.cohort import CaseData, Patient
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class LocalRounds:
         self._home = home
         self._identity = identity
         self._study = decision.study
+        #: Looked at between steps: withdrawal ends the work at the next one.
+        self.standing = Standing(home, decision)
         self._cohort_size = decision.cohort_size
         self._session = session
         self._patients = tuple(patients)
@@ -125,6 +128,7 @@ class LocalRounds:
         private = parameters(self._study)
         if private is None or private.evaluation_noise is None:
             found = evaluation()
+            self.standing.require()
             return exact_figures(found) if self._releases_exact(policy) else {}
         if not self._evaluated:
             raise ConsiliumError(
@@ -144,6 +148,7 @@ class LocalRounds:
                 canonical_json(figures),
                 figures,
                 purpose="evaluation",
+                under=self.standing.decision,
             )
 
         return self._once(
@@ -184,13 +189,14 @@ class LocalRounds:
             )
 
         def release() -> StoredUpdate:
-            figures = query.release(patient.cases for patient in patients)
+            figures = query.release(self._cases_of(patients))
             return self._store.keep_update(
                 self._study.digest,
                 instructions.round_index,
                 canonical_json(figures),
                 figures,
                 purpose="statistics",
+                under=self.standing.decision,
             )
 
         return self._once(
@@ -215,6 +221,7 @@ class LocalRounds:
         # Read afresh every time: an approval can be withdrawn while the worker lives.
         self._store.approved(self._study.digest)
         policy = load_policy(self._home)
+        self.standing.begin(policy)
         require_permitted(policy, self._study, self._patients)
         return policy
 
@@ -283,6 +290,7 @@ class LocalRounds:
 
         def step(done: int, steps: int) -> None:
             fault_point("training.step")
+            self.standing.require()
             # How long a private step takes tells how many patients were drawn: none is reported.
             if progress is not None:
                 progress(done, steps)
@@ -302,8 +310,19 @@ class LocalRounds:
         figures = {"loss": result.loss} if self._releases_exact(load_policy(self._home)) else {}
         _log.info("round %d: loss %.4f (local)", number + 1, result.loss)
         return self._store.keep_update(
-            digest, number, pack(result.tensors), figures, clip_norm=result.clip_norm
+            digest,
+            number,
+            pack(result.tensors),
+            figures,
+            clip_norm=result.clip_norm,
+            under=self.standing.decision,
         )
+
+    def _cases_of(self, patients: Sequence[Patient]) -> Iterator[Sequence[CaseData]]:
+        """Yield the cases of each patient as long as the approval stands."""
+        for patient in patients:
+            self.standing.require()
+            yield patient.cases
 
     def _open_ledger(self) -> Ledger:
         if self._ledger is None:

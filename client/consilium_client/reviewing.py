@@ -1,83 +1,58 @@
-"""Proposals as this site sees them: checked, priced, approved or declined."""
+"""What approving a study would mean here: its cases, what leaves, what it costs, what changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from consilium_client.budget.charging import Price, price
 from consilium_client.budget.policy import load_policy
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
+from consilium_client.proposals import Proposal, find, proposals, unclear
+from consilium_client.review_cases import OnCases, on_cases
 from consilium_client.store import StudyStore
 from consilium_common.errors import ConsiliumError
 from consilium_common.models.registry import validate_network
 from consilium_common.study import Study
-from consilium_common.study.load import study_from_canonical
-from consilium_common.wire.methods import SITE_DECIDE, SITE_STUDIES
-from consilium_common.wire.statements import (
-    approval_statement,
-    check_signed,
-    proposal_statement,
-    sign,
-)
+from consilium_common.study.comparison import cost_differences, differences
+from consilium_common.study.cost import Cost, cost
+
+if TYPE_CHECKING:
+    from consilium_common.study.comparison import Difference
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """A proposed study, its signature checked."""
+class Change:
+    """What changed against a version that this site approved before."""
 
-    study: Study
-    proposed_by: str
-    proposed_at: str
-    state: str
-    decision: str | None
+    old: Study
+    differences: tuple[Difference, ...]
+    #: What changes in what leaves and in ε, in words.
+    cost: tuple[str, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "digest": self.old.digest,
+            "name": self.old.name,
+            "differences": [one.to_dict() for one in self.differences],
+            "cost": list(self.cost),
+        }
 
-def proposals(identity: SiteIdentity) -> list[Proposal]:
-    """Ask the aggregator for all proposals and check each one's digest and signature.
-
-    Raises
-    ------
-    ConsiliumError
-        ``identity.bad-signature`` or ``study.digest`` when the aggregator shows a study that its
-        operator did not sign: one bad proposal hides nothing, it is an alarm.
-    """
-    with identity.caller() as caller:
-        rows: list[dict[str, Any]] = caller.call(SITE_STUDIES, {})["studies"]
-    found = []
-    for row in rows:
-        study = study_from_canonical(row["canonical"])
-        if study.digest != row["digest"]:
-            raise ConsiliumError(
-                "study.digest", "The aggregator shows a study under another study's digest."
-            )
-        check_signed(
-            proposal_statement(study.digest, row["proposed_by"]),
-            row["signature"],
-            row["signer_pem"],
-            identity.authority,
-            name=row["proposed_by"],
-        )
-        found.append(
-            Proposal(study, row["proposed_by"], row["proposed_at"], row["state"], row["decision"])
-        )
-    return found
-
-
-def find(identity: SiteIdentity, which: str) -> Proposal:
-    """Return the proposal of that name or beginning of its digest."""
-    everything = proposals(identity)
-    found = [p for p in everything if which and p.study.digest.startswith(which)]
-    found = found or [p for p in everything if p.study.name == which]
-    if len(found) != 1:
-        raise ConsiliumError(
-            "study.unknown" if not found else "study.ambiguous",
-            f"{which!r} stands for {len(found) or 'no'} proposed studies.",
-            hint="See `consilium site studies` and give more digits of the digest.",
-        )
-    return found[0]
+    def lines(self) -> list[str]:
+        """Say it in words, by topic."""
+        head = f"Changed against {self.old.name} ({self.old.digest[:12]})"
+        if not self.differences:
+            return [f"{head}: nothing."]
+        said, topic = [f"{head}:"], ""
+        for one in sorted(self.differences, key=lambda one: one.topic):
+            if one.topic != topic:
+                topic = one.topic
+                said.append(f"  {topic}")
+            said.append(f"    {one.sentence()}")
+        return [*said, *(f"  {line}" for line in self.cost)]
 
 
 @dataclass(frozen=True)
@@ -90,6 +65,9 @@ class Review:
     cohort_size: int  #: training patients as they would be declared
     evaluation_size: int  #: test patients as they would be declared; 0 where no figure leaves
     price: Price
+    cases: OnCases  #: on which cases; stays here
+    cost: Cost  #: what leaves, and ε of the whole study at its own δ
+    change: Change | None  #: None: no version before this one is known
 
 
 def review(
@@ -99,6 +77,7 @@ def review(
     cohort_size: int | None,
     evaluation_size: int | None = None,
     *,
+    against: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Review:
     """Open the cohort that the study would train and evaluate on, and price the study for it.
@@ -111,19 +90,25 @@ def review(
     evaluation_size : int or None
         Number of test patients to declare, the denominator of the released mean score; None
         declares :func:`declared_evaluation_size`. Only for a study that releases noised figures.
+    against : str, optional
+        Name or first digits of the study to compare with (default: the one of the same name that
+        this site approved last).
     say : callable, optional
         Takes a line on how much room the prepared cases will take, before they are made.
 
     Raises
     ------
     ConsiliumError
-        ``data.*`` when the data does not fit the study, ``study.*``, ``identity.*``;
-        ``usage.evaluation-size`` where the study releases no noised figures.
+        ``data.*`` when the data does not fit the study, ``study.*`` (``study.signatures-missing``
+        while named operators still have to sign), ``identity.*``; ``usage.evaluation-size`` where
+        the study releases no noised figures.
     """
     from consilium_client.data.cohort import open_cohort
     from consilium_common.ledger.store import Ledger
 
-    proposal = find(identity, which)
+    known = proposals(identity)
+    proposal = find(known, which)
+    proposal.require_signed()
     study = proposal.study
     releases = study.evaluation.release == "private"
     if evaluation_size is not None and not releases:
@@ -133,6 +118,7 @@ def review(
             "declared.",
             hint="Leave --evaluation-size out.",
         )
+    old = _version_before(home, study, known, against)
     validate_network(study)
     cohort = open_cohort(home, study, say=say)
     patients = [patient.key for patient in cohort.patients("train")]
@@ -140,16 +126,20 @@ def review(
     policy = load_policy(home)
     others = StudyStore(home).decisions()
     with Ledger.open(home.ledger, identity.signer(), site=identity.config.name) as ledger:
-        cost = price(ledger, policy, study, patients, tested, others=others)
+        price_here = price(ledger, policy, study, patients, tested, others=others)
+    whole = cost(study)
     return Review(
         proposal=proposal,
-        patients=cost.patients,
-        evaluated=cost.evaluated,
-        cohort_size=cohort_size or declared_size(cost.patients),
-        evaluation_size=(evaluation_size or declared_evaluation_size(cost.evaluated))
+        patients=price_here.patients,
+        evaluated=price_here.evaluated,
+        cohort_size=cohort_size or declared_size(price_here.patients),
+        evaluation_size=(evaluation_size or declared_evaluation_size(price_here.evaluated))
         if releases
         else 0,
-        price=cost,
+        price=price_here,
+        cases=on_cases(home, study, cohort, price_here.leaves_out),
+        cost=whole,
+        change=None if old is None else _change(old, study, whole),
     )
 
 
@@ -170,60 +160,34 @@ def declared_evaluation_size(patients: int) -> int:
     return max(1, patients if patients < 10 else (patients + 2) // 5 * 5)
 
 
-def approve(home: SiteHome, identity: SiteIdentity, review: Review) -> dict[str, Any]:
-    """Sign the approval, remember it here, and tell the aggregator.
-
-    Raises
-    ------
-    ConsiliumError
-        ``privacy.*`` when the site's policy or a patient's budget refuses the study.
-    """
-    study, cost = review.proposal.study, review.price
-    if not cost.allowed:
-        raise ConsiliumError(cost.code, cost.reason, where=study.digest[:12], hint=cost.hint)
-    return _send_decision(
-        home,
-        identity,
-        study,
-        decision="approved",
-        cohort_size=review.cohort_size,
-        evaluation_size=review.evaluation_size,
-        left_out=cost.leaves_out,
-    )
-
-
-def decline(home: SiteHome, identity: SiteIdentity, which: str, why: str) -> dict[str, Any]:
-    """Decline a study; needs no data, so that it can always be done."""
-    study = find(identity, which).study
-    return _send_decision(home, identity, study, decision="declined", why=why)
+def _version_before(
+    home: SiteHome, study: Study, known: list[Proposal], against: str | None
+) -> Study | None:
+    """Return the study to compare with; None where there is none of the same name."""
+    decisions = StudyStore(home).decisions()
+    if against is None:
+        approved = [
+            one.study
+            for one in decisions
+            if one.decision == "approved"
+            and one.study.name == study.name
+            and one.study.digest != study.digest
+        ]
+        return approved[-1] if approved else None
+    # Whatever this site has decided about, and whatever is proposed now.
+    studies = [*(one.study for one in decisions), *(one.study for one in known)]
+    everything = {one.digest: one for one in studies}
+    found = [one for digest, one in everything.items() if against and digest.startswith(against)]
+    found = found or [one for one in everything.values() if one.name == against]
+    if len(found) != 1:
+        raise unclear(against, len(found))
+    return found[0]
 
 
-def _send_decision(
-    home: SiteHome,
-    identity: SiteIdentity,
-    study: Study,
-    *,
-    decision: str,
-    cohort_size: int = 0,
-    evaluation_size: int = 0,
-    why: str = "",
-    left_out: Collection[str] = (),
-) -> dict[str, Any]:
-    sizes = {"cohort_size": cohort_size, "evaluation_size": evaluation_size}
-    statement = approval_statement(study.digest, identity.config.name, decision, **sizes, why=why)
-    # Here first: what this site runs is decided by its own record, whatever the aggregator hears.
-    StudyStore(home).decide(
-        study, decision, cohort_size, why, evaluation_size=evaluation_size, left_out=left_out
-    )
-    with identity.caller() as caller:
-        answer: dict[str, Any] = caller.call(
-            SITE_DECIDE,
-            {
-                "digest": study.digest,
-                "decision": decision,
-                **sizes,
-                "why": why,
-                "signature": sign(identity.signer(), statement),
-            },
-        )
-    return answer
+def _change(old: Study, new: Study, whole: Cost) -> Change:
+    try:
+        priced = tuple(cost_differences(cost(old), whole))
+    except ConsiliumError as error:
+        # A release may refuse what one before it approved; the keys still say what changed.
+        priced = (f"What the version before costs cannot be computed any more: {error.message}",)
+    return Change(old, tuple(differences(old, new)), priced)

@@ -1,70 +1,29 @@
-"""What the site remembers of studies: its decisions, the updates it stored, what may leave."""
+"""What the site remembers of studies: its decisions, and the updates it stored."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from consilium_client.budget.policy_automatic import Asked
 from consilium_client.faults import fault_point
 from consilium_client.home import SiteHome
+from consilium_client.store_tables import make_tables, transaction
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.ledger.entries import Purpose
 from consilium_common.study import Study
 
-_UPDATES: Final = """
-CREATE TABLE IF NOT EXISTS updates (
-    digest TEXT NOT NULL, purpose TEXT NOT NULL, round INTEGER NOT NULL, sha256 TEXT NOT NULL,
-    bytes INTEGER NOT NULL, figures TEXT NOT NULL, clip_norm REAL, stored_at TEXT NOT NULL,
-    PRIMARY KEY (digest, purpose, round)
-)"""
-_SCHEMA: Final = (
-    """
-CREATE TABLE IF NOT EXISTS decisions (
-    digest TEXT PRIMARY KEY, canonical TEXT NOT NULL, decision TEXT NOT NULL,
-    cohort_size INTEGER NOT NULL, why TEXT NOT NULL, decided_at TEXT NOT NULL,
-    evaluation_size INTEGER NOT NULL DEFAULT 0, left_out TEXT NOT NULL DEFAULT '[]'
-)""",
-    _UPDATES,
-    """
-CREATE TABLE IF NOT EXISTS outgoing (
-    object_id TEXT PRIMARY KEY, digest TEXT NOT NULL, round INTEGER, kind TEXT NOT NULL,
-    registered_at TEXT NOT NULL
-)""",
-)
 _DECISIONS: Final = (
-    "SELECT digest, canonical, decision, cohort_size, decided_at, evaluation_size, left_out"
-    " FROM decisions"
-)
-#: How a table of an earlier release becomes today's: by a column that it lacks.
-_MIGRATIONS: Final = (
-    (
-        "decisions",
-        "evaluation_size",
-        (
-            "ALTER TABLE decisions ADD COLUMN evaluation_size INTEGER NOT NULL DEFAULT 0",
-            "ALTER TABLE decisions ADD COLUMN left_out TEXT NOT NULL DEFAULT '[]'",
-        ),
-    ),
-    (
-        # The purpose belongs to the key, so the table is made anew; all it held was training.
-        "updates",
-        "purpose",
-        (
-            "ALTER TABLE updates RENAME TO updates_before",
-            _UPDATES,
-            "INSERT INTO updates SELECT digest, 'training', round, sha256, bytes, figures, NULL,"
-            " stored_at FROM updates_before",
-            "DROP TABLE updates_before",
-        ),
-    ),
+    "SELECT digest, canonical, decision, cohort_size, decided_at, evaluation_size, left_out,"
+    " why, automatic FROM decisions"
 )
 
 
@@ -79,6 +38,10 @@ class Decision:
     evaluation_size: int = 0  #: patients evaluated on, as declared in public
     #: Keyed hashes of patients whose budget the study would overrun: it never sees them.
     left_out: frozenset[str] = frozenset()
+    why: str = ""
+    #: Of an approval that the policy gave by itself: what its bounds were held against. They are
+    #: held against it again before every round. None: a person decided.
+    automatic: Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +81,7 @@ class StudyStore:
     def __init__(self, home: SiteHome) -> None:
         self._home = home
         with self._connect() as connection:
-            _make_tables(connection)
+            make_tables(connection)
         home.studies.chmod(0o600)
 
     def decide(
@@ -130,12 +93,27 @@ class StudyStore:
         *,
         evaluation_size: int = 0,
         left_out: Collection[str] = (),
-    ) -> None:
-        """Remember a decision; a later one about the same study replaces it."""
+        automatic: Asked | None = None,
+    ) -> Decision:
+        """Remember a decision and return it; a later one about the same study replaces it.
+
+        What takes an approval back is final for all that is stored of the study: none of it is
+        sent any more, not even under a later approval.
+
+        Raises
+        ------
+        ConsiliumError
+            ``study.decided`` for an automatic approval where there is a decision already: what a
+            person has decided no machine replaces.
+        """
         with self._connect() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            if automatic is not None and _decision_of(connection, study.digest) is not None:
+                raise decided_already()
             connection.execute(
                 "INSERT OR REPLACE INTO decisions (digest, canonical, decision, cohort_size, why,"
-                " decided_at, evaluation_size, left_out) VALUES (?,?,?,?,?,?,?,?)",
+                " decided_at, evaluation_size, left_out, automatic, told)"
+                " VALUES (?,?,?,?,?,?,?,?,?,0)",
                 (
                     study.digest,
                     json.dumps(study.to_canonical()),
@@ -145,14 +123,37 @@ class StudyStore:
                     _now(),
                     evaluation_size,
                     json.dumps(sorted(left_out)),
+                    None if automatic is None else json.dumps(asdict(automatic)),
                 ),
+            )
+            if decision != "approved":
+                connection.execute(
+                    "UPDATE updates SET withheld = 1 WHERE digest = ?", (study.digest,)
+                )
+            decided = _decision_of(connection, study.digest)
+        assert decided is not None
+        return decided
+
+    def untold(self) -> list[Decision]:
+        """Return the decisions that the aggregator has not heard of, the earliest first."""
+        with self._connect() as connection:
+            rows = connection.execute(
+                f"{_DECISIONS} WHERE told = 0 ORDER BY decided_at, digest"
+            ).fetchall()
+        return [_decision(row) for row in rows]
+
+    def note_told(self, decision: Decision) -> None:
+        """Remember that the aggregator has heard of a decision."""
+        with self._connect() as connection:
+            connection.execute(
+                "UPDATE decisions SET told = 1 WHERE digest = ? AND decided_at = ?",
+                (decision.study.digest, decision.decided_at),
             )
 
     def decision(self, digest: str) -> Decision | None:
         """Return the decision about a study, None where there is none."""
         with self._connect() as connection:
-            row = connection.execute(f"{_DECISIONS} WHERE digest = ?", (digest,)).fetchone()
-        return None if row is None else _decision(row)
+            return _decision_of(connection, digest)
 
     def decisions(self) -> list[Decision]:
         """Return this site's decisions about all studies, the earliest first.
@@ -184,20 +185,32 @@ class StudyStore:
         *,
         purpose: Purpose = "training",
         clip_norm: float | None = None,
+        under: Decision | None = None,
     ) -> StoredUpdate:
         """Store an update durably, before it may leave. A round has one for each purpose, for ever.
+
+        Parameters
+        ----------
+        under : Decision, optional
+            The approval under which it was computed: unless it still stands, in the same
+            transaction, nothing is stored.
 
         Raises
         ------
         ConsiliumError
             ``privacy.second-update`` when there is one already, which stays as it is;
-            ``state.disk``.
+            ``study.withdrawn`` or ``study.decided-anew``; ``state.disk``.
         """
         sha256 = hashlib.sha256(blob).hexdigest()
         update = StoredUpdate(digest, round_index, sha256, figures, blob, purpose, clip_norm)
         fault_point(f"{purpose}.before-store")
         try:
             with self._connect() as connection:
+                if under is not None:
+                    # From here to the end nobody else decides: what is withdrawn after this is
+                    # withheld, and what was withdrawn before is not stored.
+                    connection.execute("BEGIN IMMEDIATE")
+                    still_stands(under, _decision_of(connection, digest))
                 connection.execute(
                     "INSERT INTO updates (digest, purpose, round, sha256, bytes, figures,"
                     " clip_norm, stored_at) VALUES (?,?,?,?,?,?,?,?)",
@@ -231,17 +244,24 @@ class StudyStore:
         Raises
         ------
         ConsiliumError
+            ``study.withheld`` when the site withdrew from the study after it was stored;
             ``privacy.update-lost`` when the file is gone or altered: the round was paid for and
             cannot be computed again.
         """
         with self._connect() as connection:
             row = connection.execute(
-                "SELECT sha256, figures, clip_norm FROM updates"
+                "SELECT sha256, figures, clip_norm, withheld FROM updates"
                 " WHERE digest = ? AND round = ? AND purpose = ?",
                 (digest, round_index, purpose),
             ).fetchone()
         if row is None:
             return None
+        if row[3]:
+            raise ConsiliumError(
+                "study.withheld",
+                "This was stored before the site withdrew from the study: it stays here for good.",
+                hint="Approved anew, the site takes part again from the next round on.",
+            )
         path = self._update_file(digest, round_index, purpose)
         try:
             blob = path.read_bytes()
@@ -267,35 +287,18 @@ class StudyStore:
         return None if row is None else float(row[0])
 
     def updates(self, digest: str) -> list[dict[str, Any]]:
-        """Return study, purpose, round, SHA-256, bytes and time of everything stored whose study's
-        digest begins with ``digest``; what is stored may leave, and nothing else may.
+        """Return study, purpose, round, SHA-256, bytes, time and whether it is withheld of
+        everything stored whose study's digest begins with ``digest``; what is stored and not
+        withheld may leave, and nothing else may.
         """
         with self._connect() as connection:
             rows = connection.execute(
-                "SELECT digest, purpose, round, sha256, bytes, stored_at FROM updates"
+                "SELECT digest, purpose, round, sha256, bytes, stored_at, withheld FROM updates"
                 " WHERE substr(digest, 1, ?) = ? ORDER BY digest, purpose DESC, round",
                 (len(digest), digest),
             ).fetchall()
-        names = ("study", "purpose", "round", "sha256", "bytes", "stored_at")
+        names = ("study", "purpose", "round", "sha256", "bytes", "stored_at", "withheld")
         return [dict(zip(names, row, strict=True)) for row in rows]
-
-    def permit_outgoing(
-        self, object_ids: Iterable[str], digest: str, round_index: int | None, kind: str
-    ) -> None:
-        """Let the link pass these objects (named by the SHA-256 of their content)."""
-        with self._connect() as connection:
-            connection.executemany(
-                "INSERT OR REPLACE INTO outgoing VALUES (?,?,?,?,?)",
-                [(o, digest, round_index, kind, _now()) for o in object_ids],
-            )
-
-    def outgoing(self, object_id: str) -> tuple[str, int | None, str] | None:
-        """Return study, round and kind of an object that may leave; None for any other."""
-        with self._connect() as connection:
-            row = connection.execute(
-                "SELECT digest, round, kind FROM outgoing WHERE object_id = ?", (object_id,)
-            ).fetchone()
-        return None if row is None else (row[0], row[1], row[2])
 
     def _update_file(self, digest: str, round_index: int, purpose: Purpose) -> Path:
         name = f"{digest[:16]}-{round_index:05d}"
@@ -303,42 +306,49 @@ class StudyStore:
             return self._home.releases / f"{name}.safetensors"
         return self._home.releases / f"{name}-{purpose}.json"
 
-    @contextmanager
-    def _connect(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self._home.studies, timeout=20)
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-            with connection:
-                yield connection
-        except sqlite3.IntegrityError:
-            raise  # an answer, not a fault: what was to be stored once is there
-        except sqlite3.Error as error:
-            raise ConsiliumError(
-                "state.store",
-                f"The site's record of studies cannot be used: {error}.",
-                where=str(self._home.studies),
-                hint="Free space on the disk or restore the file from your backup.",
-            ) from error
-        finally:
-            connection.close()
+    def _connect(self) -> AbstractContextManager[sqlite3.Connection]:
+        return transaction(self._home.studies)
 
 
-def _make_tables(connection: sqlite3.Connection) -> None:
-    """Make what is missing and bring what an earlier release made up to date, all or nothing."""
-    # SQLite's tables are changed in transactions too; the lock keeps two processes from it at once.
-    connection.execute("BEGIN IMMEDIATE")
-    for table, column, statements in _MIGRATIONS:
-        columns = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
-        if columns and column not in columns:
-            for statement in statements:
-                connection.execute(statement)
-    for statement in _SCHEMA:
-        connection.execute(statement)
+def decided_already() -> ConsiliumError:
+    """Return why a machine does not decide."""
+    return ConsiliumError(
+        "study.decided",
+        "This site has decided about the study already.",
+        hint="See `consilium site studies`.",
+    )
+
+
+def still_stands(approval: Decision, found: Decision | None) -> None:
+    """Raise unless what the site decided last is this very approval.
+
+    Raises
+    ------
+    ConsiliumError
+        ``study.withdrawn``, or ``study.decided-anew``: other patients may take part now.
+    """
+    if found == approval:
+        return
+    if found is None or found.decision != "approved":
+        raise ConsiliumError(
+            "study.withdrawn",
+            "This site has withdrawn from the study: nothing more is computed, stored or sent.",
+            where=approval.study.digest[:12],
+        )
+    raise ConsiliumError(
+        "study.decided-anew",
+        "The site has approved the study anew: the round under the approval before is given up.",
+        where=approval.study.digest[:12],
+    )
+
+
+def _decision_of(connection: sqlite3.Connection, digest: str) -> Decision | None:
+    row = connection.execute(f"{_DECISIONS} WHERE digest = ?", (digest,)).fetchone()
+    return None if row is None else _decision(row)
 
 
 def _decision(row: tuple[Any, ...]) -> Decision:
-    _, canonical, decision, cohort_size, decided_at, evaluation_size, left_out = row
+    _, canonical, decision, cohort_size, decided_at, evaluation_size, left_out, why, automatic = row
     return Decision(
         Study.model_validate(json.loads(canonical)),
         decision,
@@ -346,11 +356,13 @@ def _decision(row: tuple[Any, ...]) -> Decision:
         decided_at,
         evaluation_size,
         frozenset(json.loads(left_out)),
+        why,
+        None if automatic is None else Asked(**json.loads(automatic)),
     )
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def public_error(error: ConsiliumError) -> dict[str, Any]:

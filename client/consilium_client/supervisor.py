@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
+from consilium_client.autoapproval import approve_for_ever
+from consilium_client.endpoint import endpoint
 from consilium_client.flower_private import supernode_command
 from consilium_client.home import HOME_VARIABLE, SiteHome
 from consilium_client.identity import SiteIdentity
 from consilium_client.link import Link
+from consilium_client.lock import only_one
+from consilium_client.renewal import Renewal
 from consilium_client.witnessing import Witnessing
-from consilium_common.errors import ConsiliumError
-from consilium_common.files import write_atomic
+from consilium_common.files import private_folder
 from consilium_common.identity.loopback import make_loopback
 from consilium_common.processes import Child, flower_environment, free_port
+from consilium_common.wire.proxy import without_proxies
 
 
 async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
@@ -30,33 +32,23 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
     ConsiliumError
         ``identity.*``; ``state.running`` when this site runs already.
     """
-    import uvicorn
-
+    private_folder(home.path)
     identity = SiteIdentity.load(home)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    with _only_one(home):
+    with only_one(home):
         loopback = make_loopback(home.run)
-        link = Link(home, identity, say)
+        renewal = Renewal(home, identity, say)
+        link = Link(home, identity, say, renewal.heard)
         witnessing = Witnessing(home, identity, say)
         link_port, runtime_port = free_port(), free_port()
-        server = uvicorn.Server(
-            uvicorn.Config(
-                link.application,
-                host="127.0.0.1",
-                port=link_port,
-                ssl_certfile=str(loopback.certificate),
-                ssl_keyfile=str(loopback.key),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                interface="asgi3",
-            )
-        )
+        server = endpoint(link.application, loopback, link_port)
         flower_home = home.path / "flower"
         flower_home.mkdir(mode=0o700, exist_ok=True)
         environment = {
-            **flower_environment(flower_home),
+            # They speak on loopback alone: a proxy, and the password that its variable may hold,
+            # is the link's concern.
+            **without_proxies(flower_environment(flower_home)),
             HOME_VARIABLE: str(home.path),
         }
         supernode = Child(
@@ -98,6 +90,8 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
                     link.hello_for_ever(),
                     link.progress_for_ever(),
                     witnessing.witness_for_ever(),
+                    renewal.renew_for_ever(),
+                    approve_for_ever(home, identity, say),
                 )
             ]
             say(f"site {identity.config.name} is running")
@@ -118,26 +112,3 @@ async def _serve_quietly(server: object) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with contextlib.suppress(asyncio.CancelledError):
         await server.serve()  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def _only_one(home: SiteHome) -> Iterator[None]:
-    """Hold the site's lock: two processes on one ledger and one node key would fight."""
-    import fcntl
-
-    with (home.run / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConsiliumError(
-                "state.running",
-                "This site is running already.",
-                where=str(home.path),
-                hint="Stop the other `consilium site start` first.",
-            ) from error
-        status = home.run / "status.json"
-        write_atomic(status, json.dumps({"pid": os.getpid()}).encode())
-        try:
-            yield
-        finally:
-            status.unlink(missing_ok=True)

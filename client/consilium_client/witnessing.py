@@ -23,7 +23,6 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.identity.certificates import (
     Role,
-    check_issued,
     describe,
     load_certificate,
     read_certificate,
@@ -158,7 +157,7 @@ class Witnessing:
 
     def _witness_key(self, pem: str) -> ed25519.Ed25519PublicKey:
         """Return the key of the witness that this consortium certified, the same one always."""
-        certified = check_issued(load_certificate(pem.encode()), self._identity.authority)
+        certified = self._identity.trust.check(load_certificate(pem.encode()))
         key = certified.public_key
         if (
             certified.role is not Role.WITNESS
@@ -239,7 +238,7 @@ class Witnessing:
         if error.code == self._reported:
             return
         self._reported = error.code
-        if error.code.startswith("network."):
+        if error.code.startswith("network.") and error.code != "network.bad-answer":
             _log.info("the ledger's heads wait: %s", error)
         else:
             self._say(f"the ledger is not witnessed: {error}")

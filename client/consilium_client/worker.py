@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from consilium_client.budget.policy import load_policy
 from consilium_common.errors import ConsiliumError
 from consilium_common.processes import die_with_parent
 from consilium_common.wire.messages import Instructions
@@ -83,9 +84,21 @@ def work(connection: Connection, home: str, log_file: str) -> None:
             answer = Frame({"error": error.to_dict()})
         except Exception as error:
             logging.getLogger(__name__).exception("unforeseen")
-            unforeseen = ConsiliumError("internal.unexpected", type(error).__name__)
-            answer = Frame({"error": unforeseen.to_dict()})
+            answer = Frame({"error": _named(error).to_dict()})
         send_frame(connection, answer)
+
+
+def _named(error: Exception) -> ConsiliumError:
+    """Return an unforeseen error by name alone; want of GPU memory is one that people can mend."""
+    from torch import OutOfMemoryError
+
+    if isinstance(error, OutOfMemoryError):
+        return ConsiliumError(
+            "run.out-of-memory",
+            "The training process needs more GPU memory than there is, or than gpu_share permits.",
+            hint="Free the GPU, raise gpu_share in policy.yaml, or ask for a smaller study.",
+        )
+    return ConsiliumError("internal.unexpected", type(error).__name__)
 
 
 def only_worker(home: Path, digest: str, *, seconds: float = _PREDECESSOR_SECONDS) -> IO[str]:
@@ -162,6 +175,10 @@ class _Study:
     def answer(
         self, kind: str, instructions: Instructions, weights: bytes, connection: Connection
     ) -> Frame:
+        self._session.take_at_most(self._gpu_share())
+        if kind != "query":
+            # Before anything is charged: nobody pays for a model that cannot be used.
+            self._session.require_model(weights)
         if kind == "train":
 
             def progress(step: int, steps: int) -> None:
@@ -183,9 +200,18 @@ class _Study:
                 site=self._site,
                 rounds_done=instructions.round_index,
                 last=instructions.last,
+                before_case=self._rounds.standing.require,
             )
 
         return Frame({"figures": self._rounds.evaluate(instructions, evaluation)})
+
+    def _gpu_share(self) -> float:
+        """Return the share of the GPU that today's policy leaves to the study."""
+        if self._decision.automatic is None:
+            return 1.0
+        rule = load_policy(self._home).approve_automatically
+        # Without a rule the round is refused, before anything is computed.
+        return 1.0 if rule is None else rule.gpu_share
 
 
 def request_frame(kind: str, instructions: Instructions, weights: bytes) -> Frame:

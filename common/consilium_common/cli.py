@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import os
 import sys
 from importlib.metadata import entry_points
 from typing import Annotated, Any
@@ -20,6 +23,7 @@ GROUPS = {
     "server": "Run the aggregator: identities, gateway, sites.",
     "study": "Propose, run and watch studies.",
     "audit": "Verify ledgers and privacy, offline.",
+    "identity": "Your own identity as an operator or auditor, on your own computer.",
     "demo": "Three hospitals and an aggregator on this machine, end to end.",
 }
 
@@ -81,6 +85,11 @@ def root(
 
 def main() -> None:
     """Entry point of the ``consilium`` command."""
+    # numpy's matrices are small here; its waiting threads would spin against our own.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # As it ends Python would look for cycles among all that torch and MONAI have made: most of a
+    # second after the answer, and many on a machine with too much to do.
+    atexit.register(gc.freeze)
     # --json is accepted anywhere on the line, as people type it.
     arguments = sys.argv[1:]
     for flag in ("--json", "--debug"):

@@ -40,14 +40,15 @@ def out() -> Console:
     """Return the console for results (stdout)."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    # No emoji: a fingerprint may hold ":AB:", which is one.
+    return Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def err() -> Console:
     """Return the console for progress and diagnostics (stderr)."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def note(message: str) -> None:

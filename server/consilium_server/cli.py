@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from consilium_common.console import command, note, result
-from consilium_server.home import HOME_VARIABLE, ServerHome
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from consilium_common.identity.cli import Connect
+from consilium_server import identity_cli, members_cli
+from consilium_server.doctor.cli import doctor
+from consilium_server.home import ServerHome
+from consilium_server.identity_cli import PassphraseFile
+from consilium_server.options import DEFAULT_HOME, Home
 
 app = typer.Typer(no_args_is_help=True, help="Run the aggregator: identities, gateway, sites.")
-
-Home = Annotated[
-    Path,
-    typer.Option("--home", envvar=HOME_VARIABLE, help="The aggregator's state folder."),
-]
-DEFAULT_HOME = Path("aggregator")
 
 
 @app.command()
@@ -28,18 +24,41 @@ def init(
     address: Annotated[
         str, typer.Option(help="host:port that sites connect to; it stands in invitations.")
     ],
+    *,
     name: Annotated[str, typer.Option(help="The consortium's name, for people.")] = "consortium",
+    passphrase: Annotated[
+        bool, typer.Option("--passphrase", help="Lock the authority's key; asks twice.")
+    ] = False,
+    passphrase_file: PassphraseFile = None,
+    offline_authority: Annotated[
+        Path | None,
+        typer.Option(help="New folder, on a medium to take away, for the authority's key."),
+    ] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Make the consortium's authority, the server's and the operator's identity, once."""
+    from consilium_common.identity.passphrase import new_passphrase
+    from consilium_common.identity.words import fingerprint_words
+    from consilium_server.acts import note_local
     from consilium_server.members import initialise
 
+    locked = new_passphrase(passphrase_file) if passphrase or passphrase_file else None
     server = ServerHome.create(home)
-    authority = initialise(server, name, address)
+    authority = initialise(server, name, address, passphrase=locked, offline=offline_authority)
+    note_local(server, "init", name)
+    words = fingerprint_words(authority.certificate)
+    key_file = (offline_authority or server.identity) / "authority-key.pem"
     result(
-        {"home": str(server.path), "consortium": authority.consortium, "address": address},
+        {
+            "home": str(server.path),
+            "consortium": authority.consortium,
+            "address": address,
+            "authority_words": words,
+            "authority_key": str(key_file),
+        },
         f"The aggregator of {name!r} is ready in {server.path}.\n"
-        f"Keep {server.identity / 'authority-key.pem'} safe: whoever has it is the consortium.\n"
+        f"Keep {key_file} safe: whoever has it is the consortium.\n"
+        f"Words of the authority, to read to sites by telephone: {words}\n"
         f"Next: consilium server start --home {home}",
     )
 
@@ -52,12 +71,19 @@ def start(
     port: Annotated[
         int | None, typer.Option(help="Port to listen on (default: that of the address).")
     ] = None,
+    passphrase_file: PassphraseFile = None,
 ) -> None:
     """Run the aggregator until Ctrl-C or SIGTERM."""
     import asyncio
     import logging
     import sys
 
+    from consilium_server import handshakes
+
+    handshakes.listen()  # before gRPC is imported
+    from consilium_common.identity.trust import Trust
+    from consilium_common.identity.words import fingerprint_words
+    from consilium_server.issuing import passphrase_for
     from consilium_server.supervisor import serve
 
     logging.basicConfig(
@@ -65,94 +91,58 @@ def start(
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     server = ServerHome.existing(home)
-    asyncio.run(serve(server, host, port or server.load_config().port, note))
+    locked = passphrase_for(server.identity / "authority-key.pem", passphrase_file)
+    authority = Trust.read(server.identity / "authority.pem").authorities[0]
+    note(f"words of the authority: {fingerprint_words(authority)}")
+    listening = port or server.load_config().port
+    asyncio.run(serve(server, host, listening, note, passphrase=locked))
 
 
 @app.command()
 @command
 def invite(
-    name: Annotated[str, typer.Argument(help="The site's name: lower case, digits, hyphens.")],
-    out: Annotated[Path, typer.Option(help="File to write; send it to the site, and only there.")],
+    name: Annotated[str, typer.Argument(help="Its name: lower case, digits, hyphens.")],
+    *,
+    out: Annotated[Path, typer.Option(help="File to write; send it to them, and only there.")],
+    role: Annotated[str, typer.Option(help="site, operator or auditor.")] = "site",
     hours: Annotated[float, typer.Option(min=0.0, max=24 * 30, help="How long it is valid.")] = 72,
     home: Home = DEFAULT_HOME,
+    connect: Connect = None,
 ) -> None:
-    """Write a single-use invitation file for a site."""
+    """Write a single-use invitation file for a site, an operator or an auditor."""
     from datetime import timedelta
 
+    from consilium_common.files import require_new
     from consilium_common.identity.invitation import write_invitation
-    from consilium_server import members
+    from consilium_common.identity.words import fingerprint_words
+    from consilium_server.inviting import invite_here, invite_remotely, read_role
 
-    invitation = members.invite(ServerHome.existing(home), name, timedelta(hours=hours))
+    wanted, lifetime = read_role(role), timedelta(hours=hours)
+    require_new(out)
+    if connect is not None:
+        from consilium_common.identity.personal import person
+
+        invitation = invite_remotely(person(connect), name, wanted, lifetime)
+    else:
+        invitation = invite_here(ServerHome.existing(home), name, wanted, lifetime)
     write_invitation(out, invitation)
+    words = fingerprint_words(invitation.trust.authorities[0])
+    command_there = "site" if wanted == "site" else "identity"
     result(
-        {"name": name, "file": str(out), "expires": invitation.expires.isoformat()},
-        f"Invitation for {name} written to {out}; it works once, until"
-        f" {invitation.expires:%Y-%m-%d %H:%M} UTC.\nAt the site: consilium site join {out.name}",
+        {
+            "name": name,
+            "role": wanted,
+            "file": str(out),
+            "expires": invitation.expires.isoformat(),
+            "authority_words": words,
+        },
+        f"Invitation for {wanted} {name} written to {out}; it works once, until"
+        f" {invitation.expires:%Y-%m-%d %H:%M} UTC.\n"
+        f"There: consilium {command_there} join {out.name}\n"
+        f"Words of the authority, to compare by telephone: {words}",
     )
 
 
-@app.command()
-@command
-def sites(home: Home = DEFAULT_HOME) -> None:
-    """List sites: online, last seen, version, expiry, how far their ledgers were witnessed."""
-    from consilium_server.overview import sites_overview
-    from consilium_server.registry import Registry
-
-    rows = sites_overview(Registry(ServerHome.existing(home).database))
-
-    def people(console: Console) -> None:
-        from rich.table import Table
-
-        table = Table("site", "status", "online", "last seen (UTC)", "version", "expires", "ledger")
-        for row in rows:
-            table.add_row(
-                row["name"],
-                row["status"],
-                "yes" if row["online"] else "no",
-                (row["last_seen"] or "never")[:19].replace("T", " "),
-                row["version"] or "",
-                row["expires"][:10],
-                "not seen" if row["witnessed"] is None else f"seen to entry {row['witnessed']}",
-            )
-        console.print(table if rows else "No site has joined yet: consilium server invite NAME")
-        for row in rows:
-            for alarm in row["alarms"]:
-                line = f"ALARM {row['name']}, {alarm['at'][:19]}: {alarm['message']}"
-                console.print(line, style="bold red", markup=False)
-
-    result({"sites": rows}, people)
-
-
-@app.command()
-@command
-def records(
-    site: Annotated[str, typer.Argument(help="The site.")],
-    file: Annotated[Path, typer.Argument(help="New file to write.", metavar="FILE")],
-    home: Home = DEFAULT_HOME,
-) -> None:
-    """Write what the aggregator witnessed and received of a site, signed, for an auditor."""
-    from consilium_server.records import write_records
-
-    content = write_records(ServerHome.existing(home), site, file)["content"]
-    counts = {name: len(content[name]) for name in ("witnessed", "received")}
-    result(
-        {"site": site, "file": str(file), **counts},
-        f"Records of {site} written to {file}: {counts['witnessed']} ledger entries witnessed,"
-        f" {counts['received']} messages received.\n"
-        f"Compare them with the site's own: consilium audit compare LEDGER {file}",
-    )
-
-
-@app.command()
-@command
-def revoke(
-    name: Annotated[str, typer.Argument(help="The site.")], home: Home = DEFAULT_HOME
-) -> None:
-    """Revoke a site's certificate: its calls are refused from now on."""
-    from consilium_server import members
-
-    member = members.revoke(ServerHome.existing(home), name)
-    result(
-        {"name": member.name, "status": member.status},
-        f"{name} is revoked. It can come back with a new invitation.",
-    )
+app.add_typer(members_cli.app)
+app.add_typer(identity_cli.app)
+app.command("doctor")(doctor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final
 
@@ -21,9 +21,12 @@ from consilium_server.flower_private import has_message, objects_to_push, pushed
 
 #: Shorter than the 30 s after which a SuperNode gives a call up.
 HOLD_SECONDS: Final = 24.0
-#: Asks again this often without a kick, in case one was missed.
-_SAFETY_SECONDS: Final = 3.0
+#: Asks again this often without a kick, in case one was missed;
+#: also how long a revoked site's held call may outlive the revocation.
+_SAFETY_SECONDS: Final = 1.0
 _KICK_POLL_SECONDS: Final = 0.03
+#: Bytes that are encrypted and sent at a time.
+_SLICE: Final = 256 * 1024
 
 Headers = list[tuple[str, str]]
 
@@ -86,9 +89,10 @@ class FleetForwarder:
         try:
             response = await self._client.post(
                 f"/v1/fleet/{FLEET_PATHS[call]}",
-                content=body,
+                content=_slices(body),
                 headers={
                     **{k: v for k, v in headers if k.startswith(FLEET_HEADER_PREFIX)},
+                    "content-length": str(len(body)),
                     "content-type": PROTOBUF_MEDIA_TYPE,
                     "accept": PROTOBUF_MEDIA_TYPE,
                 },
@@ -126,3 +130,9 @@ class FleetForwarder:
             return self._kick.stat().st_mtime_ns
         except FileNotFoundError:
             return 0
+
+
+async def _slices(body: bytes) -> AsyncIterator[bytes]:
+    """Yield a body in pieces: encrypted in one go, it would be in memory three times over."""
+    for start in range(0, len(body), _SLICE):
+        yield body[start : start + _SLICE]

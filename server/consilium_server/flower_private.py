@@ -14,8 +14,10 @@ from typing import Any
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.flower_bundle import bundle, bundle_hash
+from consilium_common.wire.large_field import cut
 
 FEDERATION = ""  # the open edition's default federation
+_CONTENT = 4  #: number of ``object_content`` in a PushObject request
 
 
 def superlink_command(*, port: int, certificate: Path, key: Path, secret: Path) -> list[str]:
@@ -156,7 +158,14 @@ def pushed_object(body: bytes) -> str:
     """Return the id of the object in a PushObject request."""
     from flwr.proto.message_pb2 import PushObjectRequest
 
-    return str(PushObjectRequest.FromString(body).object_id)
+    return str(PushObjectRequest.FromString(cut(body, _CONTENT)[0]).object_id)
+
+
+def pulled_object(body: bytes) -> str:
+    """Return the id of the object that a PullObject request asks for."""
+    from flwr.proto.message_pb2 import PullObjectRequest
+
+    return str(PullObjectRequest.FromString(body).object_id)
 
 
 def claimed_node(call: str, body: bytes) -> int | bytes | None:
@@ -168,7 +177,8 @@ def claimed_node(call: str, body: bytes) -> int | bytes | None:
     Raises
     ------
     ConsiliumError
-        ``network.garbage`` when the body is no such request.
+        ``network.garbage`` when the body is no such request; ``identity.foreign-node`` for a reply
+        in another node's name.
     """
     from flwr.proto import fab_pb2, fleet_pb2, heartbeat_pb2, message_pb2, run_pb2
     from google.protobuf.message import DecodeError
@@ -188,13 +198,17 @@ def claimed_node(call: str, body: bytes) -> int | bytes | None:
         "ConfirmMessageReceived": message_pb2.ConfirmMessageReceivedRequest,
     }
     try:
-        request = types[call].FromString(body)
-    except DecodeError as error:
+        request = types[call].FromString(cut(body, _CONTENT)[0] if call == "PushObject" else body)
+    except (DecodeError, ValueError) as error:
         raise ConsiliumError("network.garbage", f"The body is no {call} request.") from error
     if call in ("RegisterNode", "ActivateNode"):
         return bytes(request.public_key)
     if call in ("DeactivateNode", "UnregisterNode"):
         return int(request.node_id)
+    # Flower takes a reply for that of the node which the reply itself names.
+    replies = request.messages_list if call == "PushMessages" else ()
+    if any(reply.metadata.src_node_id != request.node.node_id for reply in replies):
+        raise ConsiliumError("identity.foreign-node", "A reply names another node as its own.")
     return int(request.node.node_id) if request.HasField("node") else None
 
 

@@ -2,37 +2,67 @@
 
 Two kinds of methods have handlers: Flower's twelve Fleet calls, forwarded as raw bytes for sites
 that speak as themselves, and our own services. Every other name is unknown to the server; Flower's
-Control and Runtime APIs cannot be named here at all.
+Control and Runtime APIs cannot be named here at all, and there is no reflection.
+
+A call's body is read only after its caller was admitted and has room under its limits; until then
+it stays with the caller, but for one window of HTTP/2.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
-from consilium_common.identity.certificates import Role
+from consilium_common.identity.certificates import Role, describe, load_certificate
 from consilium_common.wire.methods import (
     ERROR_KEY,
     FLEET_PATHS,
+    FLEET_ROLES,
     HTTP_STATUS_KEY,
-    MAX_MESSAGE_BYTES,
     SERVICE_ROLES,
     fleet_method,
 )
 from consilium_common.wire.tls13 import grpc
 from consilium_server.fleet import Arrivals, FleetForwarder
-from consilium_server.flower_private import claimed_node, node_key_bytes, public_key_header
-from consilium_server.peers import Doorkeeper, Peer
+from consilium_server.flower_private import (
+    claimed_node,
+    has_message,
+    node_key_bytes,
+    public_key_header,
+    pulled_object,
+)
+from consilium_server.limits import Allowances, Call, Limits, Meter
+from consilium_server.peers import Doorkeeper, Peer, while_admitted
+from consilium_server.presenting import Presented
 
 _log = logging.getLogger(__name__)
 
 Service = Callable[[Peer, dict[str, Any]], Awaitable[Any]]
-_Handler = Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]
+_Handler = Callable[[Any, grpc.aio.ServicerContext], Awaitable[None]]
+_Answer = tuple[bytes, tuple[tuple[str, str], ...]]
+
+#: What a refused caller learns, whatever the reason. Its own side can look at its certificate; why
+#: it is refused beyond that, only the aggregator's log says.
+_REFUSED: Final = ConsiliumError(
+    "identity.refused",
+    "The aggregator refuses this certificate.",
+    hint="Ask the aggregator operator, whose log says why.",
+)
+#: Refusals for using too much, which gRPC has a status for.
+_EXHAUSTED: Final = frozenset(
+    f"network.{name}"
+    for name in ("too-many-calls", "too-fast", "too-many-bytes", "too-large", "too-much", "busy")
+)
+
+#: It is looked so often whether gRPC's server still serves.
+_WATCH_SECONDS: Final = 0.1
 
 
 class Gateway:
@@ -42,6 +72,8 @@ class Gateway:
     ----------
     services : mapping
         Handler of each of our own methods; its keys are those of ``SERVICE_ROLES``.
+    limits : Limits
+        What one caller may use.
     """
 
     def __init__(
@@ -50,6 +82,7 @@ class Gateway:
         fleet: FleetForwarder,
         arrivals: Arrivals,
         services: Mapping[str, Service],
+        limits: Limits | None = None,
     ) -> None:
         if set(services) != set(SERVICE_ROLES):
             raise ValueError("every method in the role table needs a handler, and no other has one")
@@ -57,29 +90,34 @@ class Gateway:
         self._fleet = fleet
         self._arrivals = arrivals
         self._services = dict(services)
+        self._limits = limits or Limits()
+        self._meter = Meter(self._limits)
+        self._allowances = Allowances(self._limits)
         self._server: grpc.aio.Server | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int, identity: Path) -> None:
-        """Listen on ``host:port`` with the server certificate in ``identity``."""
-        credentials = grpc.ssl_server_credentials(
-            [((identity / "server-key.pem").read_bytes(), (identity / "server.pem").read_bytes())],
-            root_certificates=(identity / "authority.pem").read_bytes(),
-            require_client_auth=True,
-        )
+        """Listen on ``host:port`` with what :class:`Presented` reads from ``identity``."""
+        presented = Presented(identity)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._server = await self._listen(address, presented)
+        self._watch = asyncio.create_task(self._keep_listening(address, presented))
+
+    async def stop(self, grace: float = 1.0) -> None:
+        """Stop listening; calls under way get ``grace`` seconds."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        if self._server is not None:
+            await self._server.stop(grace)
+
+    async def _listen(self, address: str, presented: Presented) -> grpc.aio.Server:
         server = grpc.aio.server(
             handlers=(_Handlers(self._handlers()),),
-            options=[
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ],
-            maximum_concurrent_rpcs=4096,
+            options=[("grpc.so_reuseport", 0), *self._limits.for_grpc()],
         )
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound = server.add_secure_port(address, credentials)
+            bound = server.add_secure_port(address, presented.credentials())
         except RuntimeError:
             bound = 0
         if not bound:
@@ -90,80 +128,156 @@ class Gateway:
                 hint="Stop the other program or choose another port with --port.",
             )
         await server.start()
-        self._server = server
+        return server
 
-    async def stop(self, grace: float = 1.0) -> None:
-        """Stop listening; calls under way get ``grace`` seconds."""
-        if self._server is not None:
-            await self._server.stop(grace)
+    async def _keep_listening(self, address: str, presented: Presented) -> None:
+        """Listen again when gRPC's server has ended.
+
+        Its loop dies of a call whose path is no text (grpcio 1.80 to 1.85 at least), which any
+        member can send: calls under way end, and everybody connects anew a moment later.
+        """
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            before = self._server
+            if before is None or serving(before):
+                continue
+            _log.error("gRPC's server ended because of a call that it could not read; again")
+            ending = asyncio.create_task(before.stop(None))
+            ending.add_done_callback(_forget)
+            try:
+                self._server = await self._listen(address, presented)
+            except ConsiliumError as error:
+                _log.error("%s", error)  # its port is not free yet: tried again
 
     def _handlers(self) -> dict[str, _Handler]:
         handlers: dict[str, _Handler] = {
-            fleet_method(call): self._fleet_handler(call) for call in FLEET_PATHS
+            fleet_method(call): self._handler(fleet_method(call), FLEET_ROLES, self._fleet_call)
+            for call in FLEET_PATHS
         }
-        for method, service in self._services.items():
-            handlers[method] = self._service_handler(method, service)
+        for method in self._services:
+            handlers[method] = self._handler(method, SERVICE_ROLES[method], self._service_call)
         return handlers
 
-    def _service_handler(self, method: str, service: Service) -> _Handler:
-        async def handle(body: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    def _handler(
+        self,
+        method: str,
+        roles: frozenset[Role],
+        answer: Callable[[str, Peer, bytes, grpc.aio.ServicerContext], Awaitable[_Answer]],
+    ) -> _Handler:
+        call = method.rpartition("/")[2]
+
+        async def handle(_: Any, context: grpc.aio.ServicerContext) -> None:
+            who, role = _named(context)
             try:
-                peer = self._admit(context, SERVICE_ROLES[method], method)
-                try:
-                    request = json.loads(body)
-                except ValueError:
-                    request = None
-                if not isinstance(request, dict):
-                    raise ConsiliumError("network.garbage", "The request is not a JSON object.")
-                return canonical_json(await service(peer, request))
+                async with self._meter.call(who, enrolling=role is Role.INVITATION) as place:
+
+                    def admit() -> Peer:
+                        return self._admit(context, roles, method)
+
+                    admit()
+                    body = await while_admitted(self._body(context, place, call), admit)
+                    # A body may have been long in coming: it counts who calls now.
+                    content, trailing = await answer(method, admit(), body, context)
+                    place.holds(len(content))
+                    if trailing:
+                        context.set_trailing_metadata(trailing)
+                    # Who does not take its answers keeps its own places filled with them.
+                    await while_admitted(context.write(content), admit)
             except ConsiliumError as error:
-                return await _refuse(context, error)
+                await _refuse(context, who, error)
 
         return handle
 
-    def _fleet_handler(self, call: str) -> _Handler:
-        async def handle(body: bytes, context: grpc.aio.ServicerContext) -> bytes:
-            try:
-                peer = self._admit(context, frozenset({Role.SITE}), call)
-                headers = [
-                    (k, v) for k, v in context.invocation_metadata() or () if isinstance(v, str)
-                ]
-                _check_speaks_for_itself(peer, call, body, dict(headers))
-                if call == "PullMessages":
-                    status, content = await self._fleet.pull(
-                        body, headers, lambda: self._door.admit(context)
-                    )
-                else:
-                    status, content = await self._fleet.forward(call, body, headers)
-            except ConsiliumError as error:
-                return await _refuse(context, error)
-            if status == 200 and peer.member is not None and peer.member.node_id is not None:
-                self._arrivals.note(peer.member.node_id, call, body, content)
-            if status != 200:
-                context.set_trailing_metadata(((HTTP_STATUS_KEY, str(status)),))
-            return content
+    async def _body(self, context: grpc.aio.ServicerContext, place: Call, call: str) -> bytes:
+        await place.expect_body()
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                body = await context.read()
+        except TimeoutError:
+            raise ConsiliumError("network.slow", "The call's body did not come in time.") from None
+        if not isinstance(body, bytes):
+            raise ConsiliumError("network.garbage", "The call has no body.")
+        place.took_body(len(body), call)
+        return body
 
-        return handle
+    async def _service_call(
+        self, method: str, peer: Peer, body: bytes, _: grpc.aio.ServicerContext
+    ) -> _Answer:
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError):
+            request = None
+        if not isinstance(request, dict):
+            raise ConsiliumError("network.garbage", "The request is not a JSON object.")
+        return canonical_json(await self._services[method](peer, request)), ()
+
+    async def _fleet_call(
+        self, method: str, peer: Peer, body: bytes, context: grpc.aio.ServicerContext
+    ) -> _Answer:
+        call = method.rpartition("/")[2]
+        headers = [(k, v) for k, v in context.invocation_metadata() or () if isinstance(v, str)]
+        try:
+            _check_speaks_for_itself(peer, call, body, dict(headers))
+        except ConsiliumError as error:
+            raise _at_the_door(error) from error
+        node = str(peer.member.node_id) if peer.member is not None else ""
+        if call == "PullMessages":
+            status, content = await self._fleet.pull(
+                body, headers, lambda: self._admit(context, FLEET_ROLES, method)
+            )
+        elif call in ("PushObject", "PushMessages"):
+            status, content = await self._upload(node, call, body, headers)
+        else:
+            status, content = await self._fleet.forward(call, body, headers)
+        if status != 200:
+            return content, ((HTTP_STATUS_KEY, str(status)),)
+        if call == "PullMessages" and has_message(content):
+            self._allowances.message(node)
+        elif call == "PullObject":
+            self._allowances.sent(node, pulled_object(body), len(content))
+        self._arrivals.note(node, call, body, content)
+        return content, ()
+
+    async def _upload(
+        self, node: str, call: str, body: bytes, headers: list[tuple[str, str]]
+    ) -> tuple[int, bytes]:
+        self._allowances.charge(node, len(body))
+        arrived = False
+        try:
+            status, content = await self._fleet.forward(call, body, headers)
+            arrived = status == 200
+        finally:
+            if not arrived:
+                self._allowances.refund(node, len(body))
+        return status, content
 
     def _admit(
         self, context: grpc.aio.ServicerContext, roles: frozenset[Role], method: str
     ) -> Peer:
-        peer = self._door.admit(context)
-        if peer.certified.role not in roles:
-            raise ConsiliumError(
-                "identity.wrong-role",
-                f"A {peer.certified.role} may not call {method.rpartition('/')[2]}.",
-            )
-        return peer
+        try:
+            return self._door.admit(context, roles, method)
+        except ConsiliumError as error:
+            raise _at_the_door(error) from error
+
+
+class _DoorError(ConsiliumError):
+    """A refusal of the caller itself: its reason stays here."""
+
+
+def _at_the_door(error: ConsiliumError) -> ConsiliumError:
+    if not error.code.startswith("identity."):
+        return error
+    return _DoorError(error.code, error.message, where=error.where, hint=error.hint)
 
 
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
     """The allow-list: a method without an entry does not exist."""
 
     def __init__(self, handlers: Mapping[str, _Handler]) -> None:
-        # Without serialisers gRPC hands over raw bytes.
+        # Without serialisers gRPC hands over raw bytes. As streams, though each is one message
+        # either way: a handler of a single message is only called when all of it has come.
         self._handlers = {
-            method: grpc.unary_unary_rpc_method_handler(handler)
+            method: grpc.stream_stream_rpc_method_handler(handler)
             for method, handler in handlers.items()
         }
 
@@ -188,15 +302,43 @@ def _check_speaks_for_itself(
         raise ConsiliumError("identity.foreign-node", f"{call} names another node.")
 
 
-async def _refuse(context: grpc.aio.ServicerContext, error: ConsiliumError) -> bytes:
+def serving(server: grpc.aio.Server) -> bool:
+    """Return whether gRPC's server still takes calls; its public interface does not say."""
+    return bool(server._server.is_running())
+
+
+def _forget(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # how it ended was said already
+
+
+def _named(context: grpc.aio.ServicerContext) -> tuple[str, Role | None]:
+    """Return by which name a caller's use is counted: that of the certificate TLS has verified."""
+    pem = context.auth_context().get("x509_pem_cert")
+    return _name_in(pem[0]) if pem else ("nobody", None)
+
+
+@lru_cache(maxsize=4096)
+def _name_in(pem: bytes) -> tuple[str, Role | None]:
+    try:
+        certified = describe(load_certificate(pem))
+    except ConsiliumError:
+        return "unnamed", None  # the consortium's own certificate, and none of a member's
+    return f"{certified.role} {certified.name}", certified.role
+
+
+async def _refuse(context: grpc.aio.ServicerContext, who: str, error: ConsiliumError) -> None:
     """End the call with ``error``; gRPC's status says only its kind."""
-    _log.warning("refused %s: %s", context.peer(), error)
-    code = {
-        "identity": grpc.StatusCode.PERMISSION_DENIED,
-        "network": grpc.StatusCode.UNAVAILABLE,
-        "internal": grpc.StatusCode.INTERNAL,
-    }.get(error.code.partition(".")[0], grpc.StatusCode.FAILED_PRECONDITION)
+    _log.warning("refused %s (%s): %s", who, context.peer(), error)
+    told = _REFUSED if isinstance(error, _DoorError) else error
+    if error.code in _EXHAUSTED:
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    else:
+        code = {
+            "identity": grpc.StatusCode.PERMISSION_DENIED,
+            "network": grpc.StatusCode.UNAVAILABLE,
+            "internal": grpc.StatusCode.INTERNAL,
+        }.get(error.code.partition(".")[0], grpc.StatusCode.FAILED_PRECONDITION)
     await context.abort(
-        code, error.code, trailing_metadata=((ERROR_KEY, canonical_json(error.to_dict())),)
+        code, told.code, trailing_metadata=((ERROR_KEY, canonical_json(told.to_dict())),)
     )
-    raise AssertionError("abort raises")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from consilium_common.errors import ConsiliumError
@@ -19,6 +20,8 @@ class ServerConfig:
 
     consortium: str  #: its name, for people
     address: str  #: ``host:port`` that sites connect to; it stands in invitations
+    #: What one caller may use; `consilium_server.limits` says which there are and their defaults.
+    limits: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def port(self) -> int:
@@ -110,4 +113,4 @@ class ServerHome:
 
     def study_folder(self, digest: str) -> Path:
         """Checkpoint and model of one study."""
-        return private_folder(self.path / "studies" / digest[:16])
+        return private_folder(private_folder(self.path / "studies") / digest[:16])

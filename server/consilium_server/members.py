@@ -2,38 +2,67 @@
 
 from __future__ import annotations
 
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from cryptography import x509
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
-from consilium_common.identity.authority import Authority, certificate_pem
-from consilium_common.identity.certificates import Role, check_name, describe
+from consilium_common.identity.authority import (
+    Authority,
+    EnrolmentKey,
+    certificate_pem,
+    requested_key,
+    signing_request,
+)
+from consilium_common.identity.certificates import (
+    MEMBER_ROLES,
+    Role,
+    check_name,
+    describe,
+    read_certificate,
+)
 from consilium_common.identity.invitation import Invitation
 from consilium_common.identity.keys import (
-    load_signing_key,
+    load_tls_key,
     new_signing_key,
     new_tls_key,
     private_pem,
     save_private,
 )
-from consilium_common.wire.channel import Caller, Credentials
+from consilium_common.identity.trust import Trust
 from consilium_server.home import ServerConfig, ServerHome
+from consilium_server.issuing import AGGREGATOR, OPERATOR_NAME, authority_here
 from consilium_server.registry import Registry
+from consilium_server.rotation import offline_folder, write_enrolment
 from consilium_server.tables import InvitationRow, Member, now
+from consilium_server.waiting import withdraw
 from consilium_server.witness import WitnessKey
 
-OPERATOR_NAME = "operator"
 
-
-def initialise(home: ServerHome, consortium: str, address: str) -> Authority:
+def initialise(
+    home: ServerHome,
+    consortium: str,
+    address: str,
+    *,
+    passphrase: bytes | None = None,
+    offline: Path | None = None,
+) -> Authority:
     """Make the authority, the identities of server and first operator, and the witness's key.
+
+    Where the authority's key is locked or elsewhere, the aggregator gets an enrolment key, which
+    can certify invitations and nothing else: a thief of it could make no member, because an
+    invitation counts only if it stands in the register too.
 
     Parameters
     ----------
     address : str
         ``host:port`` that sites will connect to.
+    passphrase : bytes, optional
+        Locks the authority's key.
+    offline : Path, optional
+        New folder for the authority's key; the aggregator's own gets its certificate alone.
 
     Raises
     ------
@@ -55,13 +84,20 @@ def initialise(home: ServerHome, consortium: str, address: str) -> Authority:
             f"{address!r} is not host:port.",
             hint="Give what sites will connect to, for example fl.example.org:8443.",
         )
+    kept = None if offline is None else offline_folder(offline, home)
     authority = Authority.create(consortium)
     folder = home.identity
-    authority.save(folder)
+    if kept is None:
+        authority.save(folder, passphrase)
+    else:
+        authority.save(kept, passphrase)
+        write_atomic(folder / "authority.pem", certificate_pem(authority.certificate), mode=0o644)
+    if kept is not None or passphrase is not None:
+        write_enrolment(folder, authority)
     server_key = new_tls_key()
     save_private(folder / "server-key.pem", server_key)
     server = authority.issue(
-        server_key.public_key(), Role.SERVER, "aggregator", hosts=(host.strip("[]"),)
+        server_key.public_key(), Role.SERVER, AGGREGATOR, hosts=(host.strip("[]"),)
     )
     write_atomic(folder / "server.pem", certificate_pem(server))
 
@@ -79,84 +115,116 @@ def initialise(home: ServerHome, consortium: str, address: str) -> Authority:
     return authority
 
 
-def invite(home: ServerHome, name: str, lifetime: timedelta) -> Invitation:
-    """Make a single-use invitation for the site ``name``."""
-    check_name(name)
-    registry = Registry(home.database)
-    member = registry.member(name)
-    if member is not None and member.role != Role.SITE:
-        raise ConsiliumError(
-            "identity.name-taken",
-            f"{name!r} is the name of an operator.",
-            hint="Choose another name for the site.",
-        )
-    authority = Authority.load(home.identity)
-    config = home.load_config()
+def invite(home: ServerHome, name: str, lifetime: timedelta, role: Role = Role.SITE) -> Invitation:
+    """Make a single-use invitation for a site, an operator or an auditor.
+
+    Needs no passphrase and no offline authority: the enrolment key certifies it.
+
+    Raises
+    ------
+    ConsiliumError
+        As :func:`certify_invitation`.
+    """
     key = new_tls_key()
-    certificate = authority.issue(key.public_key(), Role.INVITATION, name, lifetime=lifetime)
-    expires = describe(certificate).not_after
-    with registry.transaction() as session:
-        session.add(
-            InvitationRow(
-                serial=describe(certificate).serial,
-                name=name,
-                role=Role.SITE,
-                expires=expires.isoformat(),
-            )
-        )
+    answer = certify_invitation(home, name, role, lifetime, signing_request(key, name))
+    config = home.load_config()
     return Invitation(
         consortium=config.consortium,
         address=config.address,
         name=name,
-        role=Role.SITE,
-        expires=expires.astimezone(UTC),
-        authority_pem=certificate_pem(authority.certificate).decode(),
-        certificate_pem=certificate_pem(certificate).decode(),
+        role=role,
+        expires=datetime.fromisoformat(answer["expires"]),
+        authority_pem=Trust.read(home.identity / "authority.pem").pem().decode(),
+        certificate_pem=answer["certificate_pem"],
         private_key_pem=private_pem(key).decode(),
     )
 
 
-def revoke(home: ServerHome, name: str) -> Member:
-    """Revoke a member's certificate and every unused invitation in its name; acts at once."""
+def certify_invitation(
+    home: ServerHome, name: str, role: Role, lifetime: timedelta, request_pem: bytes
+) -> dict[str, str]:
+    """Certify and register a bootstrap key; whoever made it has the invitation's secret.
+
+    Returns
+    -------
+    dict
+        ``expires`` (ISO 8601, UTC) and ``certificate_pem``, with the enrolment key's certificate
+        after it where that one issued it.
+
+    Raises
+    ------
+    ConsiliumError
+        ``identity.bad-name``, ``identity.bad-role``, ``identity.bad-request``;
+        ``identity.name-taken``: a name keeps its role for good.
+    """
+    check_name(name)
+    if role not in MEMBER_ROLES:
+        raise ConsiliumError(
+            "identity.bad-role",
+            f"Nobody is invited as {role}.",
+            hint=f"Choose one of {', '.join(MEMBER_ROLES)}.",
+        )
     registry = Registry(home.database)
+    check_name_is_free(registry, name, role)
+    if name == OPERATOR_NAME:
+        raise _name_taken(name, Role.OPERATOR)
+    public_key = requested_key(request_pem, Role.INVITATION)
+    folder = home.identity
+    if (folder / "enrolment.pem").exists():
+        enrolment = EnrolmentKey(
+            load_tls_key(folder / "enrolment-key.pem"), read_certificate(folder / "enrolment.pem")
+        )
+        certificate = enrolment.issue(public_key, name, lifetime=lifetime)
+        chain = certificate_pem(certificate) + certificate_pem(enrolment.certificate)
+    else:
+        certificate = authority_here(home).issue(
+            public_key, Role.INVITATION, name, lifetime=lifetime
+        )
+        chain = certificate_pem(certificate)
+    certified = describe(certificate)
+    expires = certified.not_after.astimezone(UTC).isoformat()
+    # What was asked for with an earlier invitation, and was not fetched, is asked for no more.
+    withdraw(registry, name)
+    with registry.transaction() as session:
+        session.add(InvitationRow(serial=certified.serial, name=name, role=role, expires=expires))
+    return {"expires": expires, "certificate_pem": chain.decode()}
+
+
+def revoke(home: ServerHome, name: str) -> Member:
+    """Revoke a member, as :func:`revoke_member`."""
+    return revoke_member(Registry(home.database), name)
+
+
+def revoke_member(registry: Registry, name: str) -> Member:
+    """Revoke a member's certificate and every unused invitation in its name; acts at once.
+
+    Raises
+    ------
+    ConsiliumError
+        ``identity.unknown``; ``identity.last-operator`` for the operator in the aggregator's own
+        folder, whom nobody could invite again.
+    """
+    if name == OPERATOR_NAME:
+        raise ConsiliumError(
+            "identity.last-operator",
+            f"{name!r} is the operator in the aggregator's own folder.",
+            hint="Whoever can read that folder is this operator; protect the computer instead.",
+        )
     with registry.transaction() as session:
         member = session.get(Member, name)
-        if member is None or member.role != Role.SITE:
+        invitations = list(session.query(InvitationRow).filter_by(name=name, used_at=None))
+        if member is None:
             raise ConsiliumError(
                 "identity.unknown",
-                f"There is no site {name!r}.",
+                f"There is no member {name!r}.",
                 hint="List them with `consilium server sites`.",
             )
         member.status = "revoked"
-        for invitation in session.query(InvitationRow).filter_by(name=name, used_at=None):
+        for invitation in invitations:
             invitation.used_at = now()
-        return member
-
-
-def operator_caller(home: ServerHome) -> Caller:
-    """Return a connection to the aggregator with the operator's certificate."""
-    folder = home.identity
-    try:
-        credentials = Credentials(
-            (folder / "authority.pem").read_bytes(),
-            (folder / "operator.pem").read_bytes(),
-            (folder / "operator-key.pem").read_bytes(),
-        )
-    except OSError as error:
-        raise ConsiliumError(
-            "identity.no-certificate",
-            "The operator's certificate cannot be read.",
-            where=str(folder),
-            hint="Run this as the user who ran `consilium server init`.",
-        ) from error
-    return Caller(home.load_config().address, credentials)
-
-
-def operator_signature(home: ServerHome, statement: dict[str, object]) -> str:
-    """Sign a statement as the operator."""
-    from consilium_common.wire.statements import sign
-
-    return sign(load_signing_key(home.identity / "operator-signing-key.pem"), statement)
+    # What was certified offline and not fetched is handed out no more.
+    withdraw(registry, name)
+    return member
 
 
 def _operator_member(name: str, certificate: x509.Certificate, signer: x509.Certificate) -> Member:
@@ -171,3 +239,22 @@ def _operator_member(name: str, certificate: x509.Certificate, signer: x509.Cert
         node_id=None,
         joined_at=now(),
     )
+
+
+def check_name_is_free(registry: Registry, name: str, role: Role) -> None:
+    """Refuse a name that a member with another role has: ``identity.name-taken``."""
+    member = registry.member(name)
+    if member is not None and member.role != role:
+        raise _name_taken(name, member.role)
+
+
+def _name_taken(name: str, role: str) -> ConsiliumError:
+    return ConsiliumError(
+        "identity.name-taken",
+        f"{name!r} is the name of {_a(role)}; a name keeps its role.",
+        hint="Choose another name.",
+    )
+
+
+def _a(role: str) -> str:
+    return f"an {role}" if role[0] in "aeo" else f"a {role}"

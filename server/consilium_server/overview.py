@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from consilium_common.identity.certificates import describe, load_certificate
+from consilium_common.identity.certificates import Role, describe, load_certificate
+from consilium_common.identity.words import fingerprint_words
+from consilium_server.cosigning import signatures_overview
 from consilium_server.registry import Registry
 from consilium_server.released import noisy_score, pooled
 from consilium_server.spending import SpendMeter
@@ -17,25 +19,42 @@ def sites_overview(registry: Registry) -> list[dict[str, Any]]:
     witnessed = registry.last_witnessed()
     alarms = registry.alarms()
     return [
-        _site(member, witnessed.get(member.name), [a for a in alarms if a.site == member.name])
-        for member in registry.sites()
+        {
+            **_member(site),
+            **_witnessed(witnessed.get(site.name)),
+            "online": site.online,
+            "alarms": [_alarm(alarm) for alarm in alarms if alarm.site == site.name],
+        }
+        for site in registry.sites()
     ]
 
 
-def _site(member: Member, witnessed: Witnessed | None, alarms: list[Alarm]) -> dict[str, Any]:
-    certified = describe(load_certificate(member.certificate_pem.encode()))
+def people_overview(registry: Registry) -> list[dict[str, Any]]:
+    """Return how every operator and auditor stands."""
+    return [_member(member) for member in registry.members(Role.OPERATOR, Role.AUDITOR)]
+
+
+def _member(member: Member) -> dict[str, Any]:
+    certificate = load_certificate(member.certificate_pem.encode())
+    certified = describe(certificate)
     return {
         "name": member.name,
+        "role": member.role,
         "status": member.status,
-        "online": member.online,
         "last_seen": member.last_seen,
         "version": member.version,
+        "address": member.address,
         "joined_at": member.joined_at,
         "expires": certified.not_after.isoformat(),
         "fingerprint": certified.fingerprint,
-        "witnessed": None if witnessed is None else witnessed.sequence,
-        "witnessed_at": None if witnessed is None else witnessed.record["statement"]["time"],
-        "alarms": [_alarm(alarm) for alarm in alarms],
+        "words": fingerprint_words(certificate),
+    }
+
+
+def _witnessed(row: Witnessed | None) -> dict[str, Any]:
+    return {
+        "witnessed": None if row is None else row.sequence,
+        "witnessed_at": None if row is None else row.record["statement"]["time"],
     }
 
 
@@ -68,6 +87,8 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
         "reason": row.reason,
         "proposed_by": row.proposed_by,
         "proposed_at": row.proposed_at,
+        "proposed_to": row.sites,
+        "signatures": signatures_overview(registry, row),
         "started_at": row.started_at,
         "ended_at": row.ended_at,
         "study": row.canonical,

@@ -92,6 +92,26 @@ class Registry:
             )
         return member
 
+    def promote(self, name: str, serial: str) -> Member:
+        """Put a renewed certificate in force: the one before it opens nothing any more."""
+        with self.transaction() as session:
+            member = session.get_one(Member, name)
+            # Two first calls may come at the same time: the second finds it done.
+            if member.next_serial == serial:
+                member.serial = serial
+                member.certificate_pem = member.next_certificate_pem or member.certificate_pem
+                member.signer_pem = member.next_signer_pem or member.signer_pem
+                member.next_serial = member.next_certificate_pem = member.next_signer_pem = None
+            return member
+
+    def note_seen(self, name: str, address: str) -> Member:
+        """Note that a member called just now, and from where."""
+        with self.transaction() as session:
+            member = session.get_one(Member, name)
+            member.last_seen = now()
+            member.address = address
+            return member
+
     def spend_invitation(self, serial: str) -> None:
         """Mark an invitation as used, or raise: of two that try at once, one alone succeeds."""
         with self.transaction() as session:
@@ -102,21 +122,39 @@ class Registry:
                 .returning(InvitationRow.serial)
             )
             if spent is None:
-                raise ConsiliumError(
-                    "identity.invitation-used",
-                    "The invitation was used already.",
-                    hint="Each invitation works once; ask the aggregator operator for a new one.",
-                )
+                raise _invitation_used()
 
     def restore_invitation(self, serial: str) -> None:
         """Make an invitation usable again after an enrolment that certified nobody."""
         with self.transaction() as session:
             session.get_one(InvitationRow, serial).used_at = None
 
+    def check_invitation(self, serial: str, key: str) -> None:
+        """Refuse an invitation that was used, or that waits for another key's certificate."""
+        with self.transaction() as session:
+            row = session.get(InvitationRow, serial)
+        if row is None or row.used_at is not None or row.key not in (None, key):
+            raise _invitation_used()
+
+    def reserve_invitation(self, serial: str, key: str) -> None:
+        """Bind an invitation to the key whose certificate waits for the offline authority."""
+        with self.transaction() as session:
+            bound = update(InvitationRow).where(
+                InvitationRow.serial == serial, InvitationRow.key.is_(None)
+            )
+            session.execute(bound.values(key=key))
+        self.check_invitation(serial, key)
+
     def sites(self) -> list[Member]:
         """Return all sites, by name."""
+        return self.members("site")
+
+    def members(self, *roles: str) -> list[Member]:
+        """Return all members of these roles (none: of every role), by name."""
         with self.transaction() as session:
-            query = select(Member).where(Member.role == "site").order_by(Member.name)
+            query = select(Member).order_by(Member.name)
+            if roles:
+                query = query.where(Member.role.in_(roles))
             return list(session.scalars(query))
 
     def set_node(self, name: str, node_id: int) -> None:
@@ -282,6 +320,14 @@ class Registry:
         """Return all alarms, oldest first."""
         with self.transaction() as session:
             return list(session.scalars(select(Alarm).order_by(Alarm.id)))
+
+
+def _invitation_used() -> ConsiliumError:
+    return ConsiliumError(
+        "identity.invitation-used",
+        "The invitation was used already.",
+        hint="Each invitation works once; ask the aggregator operator for a new one.",
+    )
 
 
 def _add_missing_columns(engine: Engine) -> None:

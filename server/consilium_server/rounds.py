@@ -189,9 +189,8 @@ class StudyRun:
 
             def accept(site: Participant, content: Any) -> None:
                 found = checked_figures(figures_of(content), self.study.evaluation.release)
-                if found and noise is not None:
-                    self._note(site.name, "evaluation", done, canonical_json(found))
                 if found:
+                    self._note(site.name, "evaluation", done, canonical_json(found))
                     figures[site.name] = found  # noqa: B023 - called within this attempt
 
             replies = self._asking.ask(

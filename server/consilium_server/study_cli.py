@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from consilium_common.console import command, result
+from consilium_common.identity.cli import Connect
 from consilium_common.wire import methods
-from consilium_server.cli import DEFAULT_HOME, Home
 from consilium_server.home import ServerHome
+from consilium_server.options import DEFAULT_HOME, Home
+from consilium_server.signing_cli import sign
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from consilium_common.study import Study
 
 app = typer.Typer(no_args_is_help=True, help="Propose, run and watch studies.")
+app.command("sign")(sign)
 
 File = Annotated[Path, typer.Argument(help="The study's YAML file.", metavar="FILE")]
 Which = Annotated[str, typer.Argument(help="Name, or the first digits of the digest.")]
@@ -68,24 +71,30 @@ def propose(
             help="The public starting weights that the study names, safetensors.", metavar="WEIGHTS"
         ),
     ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="Propose it to this site alone; repeatable (default: to all)."),
+    ] = None,
     home: Home = DEFAULT_HOME,
+    connect: Connect = None,
 ) -> None:
-    """Sign a study and propose it to all sites."""
+    """Sign a study and propose it to all sites, or to some."""
+    from consilium_common.identity.personal import person
     from consilium_common.study.check import check as check_file
     from consilium_common.wire.statements import proposal_statement
-    from consilium_server.members import OPERATOR_NAME, operator_caller, operator_signature
 
-    server = ServerHome.existing(home)
+    who = person(connect, home)
     study = check_file(file).study
     weights = _starting_weights(study, start)
-    signature = operator_signature(server, proposal_statement(study.digest, OPERATOR_NAME))
-    with operator_caller(server) as caller:
+    signature = who.sign(proposal_statement(study.digest, who.name))
+    with who.caller() as caller:
         if weights is not None:
             from consilium_server.starts import send_start
 
             send_start(caller, weights)
         answer = caller.call(
-            methods.OPERATOR_PROPOSE, {"canonical": study.to_canonical(), "signature": signature}
+            methods.OPERATOR_PROPOSE,
+            {"canonical": study.to_canonical(), "signature": signature, "sites": site or None},
         )
     known = " (it was proposed before)" if answer["known"] else ""
     result(
@@ -97,9 +106,9 @@ def propose(
 
 @app.command("list")
 @command
-def list_studies(home: Home = DEFAULT_HOME) -> None:
+def list_studies(home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
     """List studies and where they stand."""
-    data = _call(home, methods.OPERATOR_STUDIES, {})
+    data = _call(home, connect, methods.OPERATOR_STUDIES, {})
 
     def people(console: Console) -> None:
         from rich.table import Table
@@ -121,9 +130,9 @@ def list_studies(home: Home = DEFAULT_HOME) -> None:
 
 @app.command()
 @command
-def show(study: Which, home: Home = DEFAULT_HOME) -> None:
+def show(study: Which, home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
     """Show a study: approvals, rounds, sites, ε."""
-    data = _call(home, methods.OPERATOR_SHOW, {"digest": study})
+    data = _call(home, connect, methods.OPERATOR_SHOW, {"digest": study})
 
     def people(console: Console) -> None:
         from consilium_server.watching import study_view
@@ -135,11 +144,11 @@ def show(study: Which, home: Home = DEFAULT_HOME) -> None:
 
 @app.command()
 @command
-def stats(study: Which, home: Home = DEFAULT_HOME) -> None:
+def stats(study: Which, home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
     """Show a study's statistics over sites: public values, and noised ones that it asks for."""
     from consilium_server.statistics import print_view, public_view
 
-    data = public_view(_call(home, methods.OPERATOR_SHOW, {"digest": study}))
+    data = public_view(_call(home, connect, methods.OPERATOR_SHOW, {"digest": study}))
 
     def people(console: Console) -> None:
         print_view(data, console)
@@ -152,28 +161,29 @@ def stats(study: Which, home: Home = DEFAULT_HOME) -> None:
 def run(
     study: Which,
     home: Home = DEFAULT_HOME,
+    connect: Connect = None,
     watch: Annotated[bool, typer.Option("--watch", help="Stay and watch it.")] = False,
 ) -> None:
     """Start an approved study, or go on with one that stopped, from its last round."""
-    data = _call(home, methods.OPERATOR_RUN, {"digest": study})
+    data = _call(home, connect, methods.OPERATOR_RUN, {"digest": study})
     if watch:
-        _watch(home, data["digest"])
+        _watch(home, connect, data["digest"])
     else:
         result(data, f"Running. Watch it with `consilium study watch {data['digest'][:12]}`.")
 
 
 @app.command()
 @command
-def watch(study: Which, home: Home = DEFAULT_HOME) -> None:
+def watch(study: Which, home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
     """Watch a study live until it ends; ends with an error status when the study does."""
-    _watch(home, study)
+    _watch(home, connect, study)
 
 
 @app.command()
 @command
-def stop(study: Which, home: Home = DEFAULT_HOME) -> None:
+def stop(study: Which, home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
     """Stop a running study; finished rounds are kept and it can be run on."""
-    data = _call(home, methods.OPERATOR_STOP, {"digest": study})
+    data = _call(home, connect, methods.OPERATOR_STOP, {"digest": study})
     result(data, "Stopped. Go on with `consilium study run`.")
 
 
@@ -204,20 +214,19 @@ def _starting_weights(study: Study, file: Path | None) -> bytes | None:
     return content
 
 
-def _call(home: Path, method: str, request: dict[str, Any]) -> Any:
-    from consilium_server.members import operator_caller
+def _call(home: Path, connect: Path | None, method: str, request: dict[str, Any]) -> Any:
+    from consilium_common.identity.personal import connect as connect_to
 
-    with operator_caller(ServerHome.existing(home)) as caller:
+    with connect_to(connect, home) as caller:
         return caller.call(method, request)
 
 
-def _watch(home: Path, study: str) -> None:
+def _watch(home: Path, connect: Path | None, study: str) -> None:
     from consilium_common.errors import ConsiliumError
-    from consilium_server.members import operator_caller
+    from consilium_common.identity.personal import connect as connect_to
     from consilium_server.watching import evaluation_line, follow
 
-    server = ServerHome.existing(home)
-    with operator_caller(server) as caller:
+    with connect_to(connect, home) as caller:
         data = follow(lambda: caller.call(methods.OPERATOR_SHOW, {"digest": study}))
     if data["state"] != "finished":
         raise ConsiliumError(
@@ -229,5 +238,7 @@ def _watch(home: Path, study: str) -> None:
     lines = [f"{data['name']} finished after {len(data['rounds'])} rounds{why}."]
     if data["evaluation"]:
         lines.append(evaluation_line(data["evaluation"]))
-    lines.append(f"The model: {server.study_folder(data['digest']) / 'model.safetensors'}")
+    if connect is None:
+        folder = ServerHome.existing(home).study_folder(data["digest"])
+        lines.append(f"The model: {folder / 'model.safetensors'}")
     result(data, "\n".join(lines))

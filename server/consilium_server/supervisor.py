@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
+from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.identity.authority import Authority
 from consilium_common.identity.certificates import (
     describe,
     load_certificate,
+    read_certificate,
 )
+from consilium_common.identity.keys import load_signing_key
 from consilium_common.identity.loopback import make_loopback
 from consilium_common.processes import (
     Child,
@@ -25,37 +31,79 @@ from consilium_common.processes import (
     free_port,
     wait_for_port,
 )
+from consilium_server.acts import Acts
 from consilium_server.fleet import Arrivals, FleetForwarder
 from consilium_server.flower_private import Control, node_key_bytes, superlink_command
 from consilium_server.gateway import Gateway
+from consilium_server.handshakes import reworded
 from consilium_server.home import HOME_VARIABLE, ServerHome
+from consilium_server.issuing import Issuer, load_issuer, renew_server_if_due
+from consilium_server.limits import Limits
 from consilium_server.peers import Doorkeeper
 from consilium_server.registry import Registry
 from consilium_server.services import services
-from consilium_server.starts import PublicStarts
 from consilium_server.witness import Witness, WitnessKey
 
+_log = logging.getLogger(__name__)
+
 _SUPERLINK_START_SECONDS = 60.0
+#: The aggregator looks this often whether its own certificates are due for renewal.
+_RENEWAL_SECONDS = 3600.0
 
 
-async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], None]) -> None:
+async def serve(
+    home: ServerHome,
+    host: str,
+    port: int,
+    say: Callable[[str], None],
+    *,
+    passphrase: bytes | None = None,
+) -> None:
     """Run the aggregator until SIGINT or SIGTERM.
+
+    Parameters
+    ----------
+    passphrase : bytes, optional
+        Opens the authority's key where it is locked.
 
     Raises
     ------
     ConsiliumError
-        ``state.port-in-use``, ``state.child``.
+        ``state.port-in-use``, ``state.child``, ``usage.limits``; ``identity.*`` when the
+        authority's key does not open.
     """
     check_port_free(host, port)
+    limits = Limits.read(home.config_file)
+    issuer = load_issuer(home, passphrase)
+    with reworded():
+        _raise_open_files()
+        await _serve(
+            home,
+            issuer,
+            _witness_key(home.identity, passphrase),
+            limits=limits,
+            listen=(host, port),
+            say=say,
+        )
+
+
+async def _serve(
+    home: ServerHome,
+    issuer: Issuer,
+    witness_key: WitnessKey,
+    *,
+    limits: Limits,
+    listen: tuple[str, int],
+    say: Callable[[str], None],
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
 
     registry = Registry(home.database)
-    authority = Authority.load(home.identity)
-    # A home of an earlier release has no witness's key yet.
-    witness = Witness(registry, WitnessKey.ensure(home.identity, authority))
+    host, port = listen
+    witness, acts = Witness(registry, witness_key), Acts(registry, witness_key)
     loopback = make_loopback(home.run)
     certificate = loopback.certificate
     superlink_port = free_port()
@@ -65,6 +113,7 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
         HOME_VARIABLE: str(home.path),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
+    environment.pop("GRPC_VERBOSITY", None)  # set for this process alone
     ready = asyncio.Event()
 
     async def prepare() -> None:
@@ -109,18 +158,20 @@ async def serve(home: ServerHome, host: str, port: int, say: Callable[[str], Non
         tasks.append(asyncio.create_task(executor.supervise()))
         fleet = FleetForwarder(f"https://{address}", certificate, home.kick)
         gateway = Gateway(
-            Doorkeeper(authority.certificate, registry),
+            Doorkeeper(lambda: issuer.trust, registry, acts),
             fleet,
             Arrivals(home.arrived),
             services(
+                home,
                 registry,
-                authority,
+                issuer,
                 Control(address, certificate),
                 witness,
-                PublicStarts(home.starts),
             ),
+            limits,
         )
         await gateway.start(host, port, home.identity)
+        tasks.append(asyncio.create_task(_renew_for_ever(home, issuer)))
         status = {"pid": os.getpid(), "address": f"{host}:{port}"}
         write_atomic(home.run / "status.json", json.dumps(status).encode())
         say(f"the aggregator listens on {host}:{port} (mutual TLS 1.3)")
@@ -154,6 +205,31 @@ def _teach(registry: Registry, control: Control) -> None:
             digest, "stopped", "the aggregator was restarted; go on with `consilium study run`"
         )
     control.close()
+
+
+def _witness_key(folder: Path, passphrase: bytes | None) -> WitnessKey:
+    certificate = folder / "witness.pem"
+    if not certificate.exists():  # a home of an earlier release
+        return WitnessKey.ensure(folder, Authority.load(folder, passphrase))
+    return WitnessKey(load_signing_key(folder / "witness-key.pem"), read_certificate(certificate))
+
+
+async def _renew_for_ever(home: ServerHome, issuer: Issuer) -> None:
+    """Renew the aggregator's own certificates before they end; the port reads them anew."""
+    while True:
+        try:
+            if await asyncio.to_thread(renew_server_if_due, home, issuer):
+                _log.info("the server's certificate was renewed")
+        except ConsiliumError as error:
+            _log.error("the aggregator's own certificates could not be renewed: %s", error)
+        await asyncio.sleep(_RENEWAL_SECONDS)
+
+
+def _raise_open_files() -> None:
+    """Permit as many open files, and so connections, as this machine lets an ordinary user have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _first(*waits: Coroutine[Any, Any, Any]) -> None:

@@ -19,7 +19,7 @@ class Base(DeclarativeBase):
 
 
 class Member(Base):
-    """A site or operator that has a certificate."""
+    """A site, operator or auditor that has a certificate."""
 
     __tablename__ = "members"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -27,12 +27,20 @@ class Member(Base):
     status: Mapped[str]  #: active or revoked
     serial: Mapped[str]  #: of the certificate in force, hexadecimal
     certificate_pem: Mapped[str]
-    signer_pem: Mapped[str]  #: certificate of the Ed25519 key that signs approvals and ledger
+    #: Certificate of the Ed25519 key that signs approvals, ledger and studies; empty for auditors.
+    signer_pem: Mapped[str]
     node_id: Mapped[str | None]  #: Flower's node id, decimal
     joined_at: Mapped[str]
     last_seen: Mapped[str | None] = mapped_column(default=None)
     session: Mapped[str | None] = mapped_column(default=None)  #: changes when the site restarts
     version: Mapped[str | None] = mapped_column(default=None)
+    address: Mapped[str | None] = mapped_column(default=None)  #: it called from, without the port
+    #: SHA-256 of the trust bundle that the member says it holds.
+    trust: Mapped[str | None] = mapped_column(default=None)
+    #: A renewed certificate, until it is used for the first time; then it is the one in force.
+    next_serial: Mapped[str | None] = mapped_column(default=None)
+    next_certificate_pem: Mapped[str | None] = mapped_column(default=None)
+    next_signer_pem: Mapped[str | None] = mapped_column(default=None)
 
     @property
     def online(self) -> bool:
@@ -49,6 +57,8 @@ class InvitationRow(Base):
     role: Mapped[str]
     expires: Mapped[str]
     used_at: Mapped[str | None] = mapped_column(default=None)
+    #: Fingerprint of the one key it serves, while that waits for the offline authority.
+    key: Mapped[str | None] = mapped_column(default=None)
 
 
 class StudyRow(Base):
@@ -62,12 +72,18 @@ class StudyRow(Base):
     signature: Mapped[str]
     signer_pem: Mapped[str]
     proposed_at: Mapped[str]
+    #: Names of the sites it is proposed to; None: to all.
+    sites: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True), default=None)
     #: proposed, running, finished, failed or stopped
     state: Mapped[str] = mapped_column(default="proposed")
     reason: Mapped[str] = mapped_column(default="")
     flower_run: Mapped[str | None] = mapped_column(default=None)
     started_at: Mapped[str | None] = mapped_column(default=None)
     ended_at: Mapped[str | None] = mapped_column(default=None)
+
+    def proposed_to(self, site: str) -> bool:
+        """Whether a site is to see it."""
+        return self.sites is None or site in self.sites
 
     @property
     def study(self) -> Study:
@@ -191,8 +207,21 @@ class Alarm(Base):
     at: Mapped[str]
 
 
+class ActRow(Base):
+    """One privileged act, in the aggregator's audit log."""
+
+    __tablename__ = "audit_log"
+    sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    record: Mapped[dict[str, Any]] = mapped_column(JSON)  #: the whole signed entry
+
+
 #: Tables whose rows bear witness: the database itself refuses to change or delete one.
-APPEND_ONLY: Final = (Witnessed.__tablename__, Received.__tablename__, Alarm.__tablename__)
+APPEND_ONLY: Final = (
+    Witnessed.__tablename__,
+    Received.__tablename__,
+    Alarm.__tablename__,
+    ActRow.__tablename__,
+)
 
 
 def append_only_triggers() -> list[str]:

@@ -117,6 +117,8 @@ def study_view(data: dict[str, Any]) -> RenderableType:
         Text(f"ALARM {alarm['site']}: {alarm['message']}", style="bold red")
         for alarm in data["alarms"]
     ]
+    if data["signatures"]["needed"] > 1 or data["signatures"]["missing"]:
+        parts += [Text(), Text(data["signatures"]["standing"])]
     if rounds:
         table = Table("round", "seconds", "sites", "loss", "left out", box=None)
         for row in rounds[-8:]:

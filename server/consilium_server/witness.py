@@ -113,6 +113,11 @@ class Witness:
         self._key = key
         self._lock = threading.Lock()
 
+    @property
+    def key(self) -> WitnessKey:
+        """The key that countersigns; it signs the audit log and records too."""
+        return self._key
+
     def countersign(self, site: str, signer_pem: str, heads: object) -> dict[str, Any]:
         """Countersign the heads of one site's ledger.
 

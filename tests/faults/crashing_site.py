@@ -21,8 +21,9 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from egress_samples import NODE, Question, gate_of
+from egress_samples import Reply as Announcing
 from round_samples import (
-    NAME,
     ROUNDS,
     RoundsAtSite,
     deciding_site,
@@ -32,17 +33,14 @@ from round_samples import (
 from site_samples import JoinedSite
 
 from consilium_client import faults
-from consilium_client.egress import EgressGate
-from consilium_client.flower_private import Push, object_ids
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
-from consilium_client.store import StudyStore
 from consilium_common.study import Study
 from consilium_common.wire.messages import to_server
 
 
 class Reply:
-    """Sends as executor and link do: registered, judged by the gate, then gone for good.
+    """Sends as executor and link do: announced, judged by the gate, then gone for good.
 
     Parameters
     ----------
@@ -50,21 +48,19 @@ class Reply:
         Takes a line for each reply, durably, before the reply counts as sent.
     """
 
-    def __init__(self, home: SiteHome, study: Study, sent: Path) -> None:
-        self._store = StudyStore(home)
-        self._gate = EgressGate(home, NAME)
+    def __init__(self, site: JoinedSite, study: Study, sent: Path) -> None:
+        self._gate = gate_of(site)
         self._study = study
         self._sent = sent
 
     def send(self, kind: str, number: int, blob: bytes | None, figures: dict[str, float]) -> None:
-        content = to_server(blob, figures)
+        question = Question(self._study, kind, number)
+        reply = Announcing(question, to_server(blob, figures))
         faults.fault_point("reply.made")
-        ids = ["0" * 64, *object_ids(content)]
-        self._store.permit_outgoing(ids, self._study.digest, number, kind)
-        faults.fault_point("reply.permitted")
-        self._gate.check_message(Push(b"", tuple(ids), None))
+        passed = self._gate.judge(question.asked(), reply.announced(), NODE)
+        faults.fault_point("link.receipt")
         with self._sent.open("a") as stream:
-            stream.write(f"{kind} {number} {ids[-1]}\n")
+            stream.write(f"{kind} {number} {passed.reply.message_id}\n")
             stream.flush()
             os.fsync(stream.fileno())
         faults.fault_point("reply.pushed")
@@ -76,7 +72,7 @@ def live(folder: Path, study: Study) -> None:
     identity = SiteIdentity.load(home)
     site = JoinedSite(home, identity, None, None, identity.signer())  # type: ignore[arg-type]
     rounds = RoundsAtSite(site, study, keyed_cohort())
-    reply = Reply(home, study, folder / "sent")
+    reply = Reply(site, study, folder / "sent")
     for number in range(ROUNDS + 1):
         if number in study.evaluations:
             reply.send("evaluate", number, None, rounds.evaluate(number))

@@ -32,9 +32,9 @@ PLANS = {
     WORKER: "evaluation.charged:1,training.charged:1,training.step:3,training.file-written:3,"
     "training.stored:4,evaluation.stored:2",
     # Its SuperNode notices a dead task by its silence, which takes a minute and more.
-    EXECUTOR: "reply.permitted:2,reply.pushed:3",
-    LINK: "link.before.PushMessages:1,link.after.PushObject:2,link.before.ConfirmMessageReceived:3,"
-    "link.after.ConfirmMessageReceived:3",
+    EXECUTOR: "reply.made:2,reply.pushed:3",
+    LINK: "link.before.PushMessages:1,link.receipt:2,link.after.PushObject:2,"
+    "link.before.ConfirmMessageReceived:3,link.after.ConfirmMessageReceived:3",
 }
 #: Below the budget of the tests, whatever other tests have spent on the same patients.
 ROUNDS = 6

@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from round_samples import NAME
 
 from consilium_client.faults import EXECUTOR_POINTS, WORKER_POINTS
 from consilium_client.home import SiteHome
+from consilium_client.receipts import kept_receipts
 from consilium_client.store import StudyStore
 from consilium_common.identity.keys import load_signing_key
 from consilium_common.ledger.state import LedgerState
@@ -29,7 +32,8 @@ _HERE = Path(__file__).parent
 RELEASES = {("training", 0), ("training", 1), ("evaluation", 0), ("evaluation", 2)}
 #: Points that only a life after a killed one passes.
 _VOIDING = [point for point in WORKER_POINTS if "void" in point]
-_POINTS = [point for point in (*WORKER_POINTS, *EXECUTOR_POINTS[:3]) if point not in _VOIDING]
+_SENDING = (*EXECUTOR_POINTS[:2], "link.receipt")
+_POINTS = [point for point in (*WORKER_POINTS, *_SENDING) if point not in _VOIDING]
 
 Live = Callable[[Path, str], str]
 
@@ -67,10 +71,13 @@ def live() -> Iterator[Live]:
 
 def state_of(site: SiteHome) -> LedgerState:
     """Return what the ledger says as it lies there, checked as an auditor does."""
-    key = load_signing_key(site.identity / "ledger-key.pem").public_key()
-    found = verify_file(site.ledger, key)
+    found = verify_file(site.ledger, public_key(site))
     assert found.problem is None, found.problem
     return found.state
+
+
+def public_key(site: SiteHome) -> Ed25519PublicKey:
+    return load_signing_key(site.identity / "ledger-key.pem").public_key()
 
 
 def require_faith(folder: Path) -> None:
@@ -96,9 +103,16 @@ def require_faith(folder: Path) -> None:
             kind, number, content = line.split()
             purpose = {"train": "training", "evaluate": "evaluation"}[kind]
             sent.setdefault((purpose, int(number)), set()).add(content)
+    # Each has one receipt, which was there before it.
+    receipts = {
+        (one.release.purpose, one.release.round): one.release.sha256
+        for one in kept_receipts(site.receipts, public_key(site), NAME)
+    }
     for release, contents in sent.items():
         assert len(contents) == 1, release
         assert standing[release].state == "released"
+        assert receipts[release] == kept[release]
+    assert set(receipts) <= set(kept)
 
 
 def kill_and_finish(live: Live, folder: Path, fault: str, *, at_most: int) -> int:

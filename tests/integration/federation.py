@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,16 +122,18 @@ class Running:
     ----------
     log : Path
         Takes stdout and stderr.
+    prefix : sequence of str
+        Stands before the command: ``ip netns exec NAME``.
     """
 
-    def __init__(self, arguments: list[object], log: Path) -> None:
+    def __init__(self, arguments: list[object], log: Path, prefix: Sequence[str] = ()) -> None:
         self._mark = f"{_MARK}={uuid.uuid4().hex}".encode()
         self._log = log
         with log.open("ab") as stream:
             self._start = stream.tell()
             key, _, value = self._mark.decode().partition("=")
             self._process = subprocess.Popen(
-                [CONSILIUM, "--debug", *map(str, arguments)],
+                [*prefix, CONSILIUM, "--debug", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
@@ -232,6 +234,7 @@ class Site:
     log: Path
     running: Running | None = None
     _launched: float = 0.0
+    prefix: tuple[str, ...] = ()
 
     def __call__(self, *arguments: object) -> Answer:
         """Run ``consilium site …`` here."""
@@ -249,7 +252,7 @@ class Site:
     def launch(self) -> None:
         """Run ``site start``."""
         self._launched = time.time()
-        self.running = Running(["site", "start", "--home", self.home], self.log)
+        self.running = Running(["site", "start", "--home", self.home], self.log, self.prefix)
 
     def wait_until_ready(self) -> None:
         """Wait until the aggregator and Flower know that the site is there."""
@@ -402,9 +405,12 @@ class Federation:
         return data
 
 
-def add_hospitals(federation: Federation) -> None:
-    """Add the demo's three hospitals, small: one keeps DICOM, one the MSD layout, one a CSV."""
+def add_hospitals(
+    federation: Federation, names: Sequence[str] = NAMES, started: Sequence[str] = NAMES
+) -> None:
+    """Add the demo's hospitals, small: one keeps DICOM, one the MSD layout, one a CSV."""
     hospitals = write_hospitals(federation.folder / "images", patients=(9, 9, 9), size=16)
+    hospitals = [hospital for hospital in hospitals if hospital.name in names]
 
     def add(hospital: Any) -> Site:
         site = federation.join(hospital.name)
@@ -419,7 +425,7 @@ def add_hospitals(federation: Federation) -> None:
         return site
 
     with ThreadPoolExecutor(2) as pool:
-        sites = list(pool.map(add, hospitals))
+        sites = [site for site in pool.map(add, hospitals) if site.name in started]
     for site in sites:
         site.launch()
     for site in sites:

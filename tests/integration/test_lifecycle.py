@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from typing import Any
 
 import pytest
-from federation import Federation, small_study
+from federation import PRIVATE, Federation, small_study, wait_for
 
 from consilium_common.demo.hospitals import NAMES
 
@@ -59,6 +60,69 @@ def test_a_study_goes_on_from_its_last_round_whatever_ended_it(federation: Feder
     assert after["rounds"][: len(before["rounds"])] == before["rounds"]
     assert (federation.home / "studies" / digest[:16] / "model.safetensors").is_file()
     assert federation.study("run", digest).code == "study.finished"
+
+
+def test_withdrawal_in_mid_round_stops_training_there_and_sends_nothing(
+    federation: Federation,
+) -> None:
+    site = federation.sites[NAMES[0]]
+    digest = federation.propose(
+        small_study(
+            "withdrawn",
+            training={"steps_per_round": 9000},
+            federation={"rounds": 1, "quorum": 1, "deadline_seconds": 240.0},
+        )
+    )
+    federation.approve(digest, site.name)
+    federation.study("run", digest).data  # noqa: B018
+
+    def trains() -> bool:
+        path = site.home / "run" / "progress.json"
+        progress = json.loads(path.read_text()) if path.exists() else {"digest": ""}
+        return progress["digest"] == digest and progress["step"] > 0
+
+    wait_for(trains, "the first steps", timeout=90)
+    answer = site("withdraw", digest, "--why", "an audit").data
+    assert (answer["decision"], answer["told"], answer["withheld"]) == ("declined", True, 0)
+    log = site.home / "logs" / "worker.log"
+    wait_for(lambda: "study.withdrawn" in log.read_text(), "the end of training")
+
+    def told(data: dict[str, Any]) -> bool:
+        return [(row["site"], row["phase"]) for row in data["progress"]] == [(site.name, "failed")]
+
+    found = federation.wait_until(digest, told, "word of the end")
+    (approval,) = found["approvals"]
+    assert (approval["decision"], approval["why"]) == ("declined", "an audit")
+    assert digest not in str(site("egress").data)
+    assert site("withdraw", digest, "--why", "again").code == "study.not-approved"
+    federation.study("stop", digest).data  # noqa: B018
+
+
+def test_a_running_site_approves_by_policy_within_its_bounds_and_no_further(
+    federation: Federation,
+) -> None:
+    site = federation.sites[NAMES[0]]
+    assert site.running is not None
+    rule = {"operators": ["operator"], "tasks": ["segmentation"], "epsilon_per_study": 6.0}
+    parts = {**PRIVATE, "federation": {"rounds": 2, "quorum": 1}}
+    site.set_policy(approve_automatically=rule)
+    try:
+        digest = federation.propose(small_study("by-policy", **parts))
+        dear = {**parts, "privacy": {**parts["privacy"], "noise_multiplier": 0.5}}
+        beyond = federation.propose(small_study("beyond-policy", **dear))
+        site.running.wait_until_says(f"approved by-policy ({digest[:12]})", timeout=120)
+        (approval,) = federation.show(digest)["approvals"]
+        assert (approval["site"], approval["decision"]) == (site.name, "approved")
+        assert "ledger entry" in approval["why"]
+        federation.study("run", digest).data  # noqa: B018
+        assert federation.study("watch", digest).data["state"] == "finished"
+        site.running.wait_until_says(f"{beyond[:12]} waits for a person", timeout=120)
+        rows = {row["digest"]: row for row in site("studies").data["studies"]}
+        assert (rows[digest]["decision"], rows[digest]["automatic"]) == ("approved", True)
+        assert rows[beyond]["decision"] is None
+        assert federation.show(beyond)["approvals"] == []
+    finally:
+        site.set_policy()
 
 
 def _with_rounds(federation: Federation, digest: str, number: int) -> dict[str, Any]:

@@ -274,7 +274,7 @@ def test_an_aggregator_that_does_not_answer_is_named(tmp_path: Path) -> None:
     home, address = tmp_path / "aggregator", f"127.0.0.1:{free_port()}"
     consilium("server", "init", "--address", address, "--home", home).data  # noqa: B018
     answer = consilium("study", "list", "--home", home)
-    assert_clear(answer, "network.unreachable", 7)
+    assert_clear(answer, "network.refused", 7)
     assert answer.error["where"] == address
 
 

@@ -56,7 +56,7 @@ def joined_site(
         ("ledger-signer.pem", certificate_pem(certified_signer)),
         ("ledger-public.pem", public_pem(signer.public_key())),
     ):
-        (home.identity / name).write_bytes(content)
+        write_atomic(home.identity / name, content)
     # A key drawn at random would now and then leave nobody to test on.
     write_atomic(home.identity / "patient_key", bytes(range(32)))
     config = {"name": NAME, "consortium": "tests", "address": address}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from consilium_client import flower_private
-from consilium_client.egress import error_reason
+from consilium_client.error_replies import error_reason
 from consilium_common.errors import ConsiliumError
 from consilium_common.flower_bundle import bundle, bundle_hash
 
@@ -42,7 +42,6 @@ def task(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         message=message,
         fab=SimpleNamespace(hash_str=bundle_hash(), content=bundle()),
         replies=[],
-        permitted=[],
         outcomes=[],
     )
     monkeypatch.setattr(heartbeat, "HeartbeatSender", _NoHeart)
@@ -59,15 +58,10 @@ def task(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def run(task: SimpleNamespace, app: Any) -> None:
-    def permit(_: object, reply: object, object_ids: list[str]) -> None:
-        assert task.replies == []  # before anything is pushed
-        task.permitted.append(object_ids)
-
     flower_private.run_client_task(
         "127.0.0.1:1",
         "token",
         app,
-        permit=permit,
         public_reason=error_reason,
         watch=lambda _: lambda: False,
     )
@@ -83,7 +77,6 @@ def test_our_own_bundle_is_run(task: SimpleNamespace) -> None:
     run(task, answer)
     (reply,) = task.replies
     assert not reply.has_error()
-    assert reply.object_id in task.permitted[0]
     assert task.outcomes == ["completed"]
 
 
@@ -104,7 +97,6 @@ def test_a_foreign_bundle_is_answered_with_an_error_and_never_run(
     (reply,) = task.replies
     assert reply.has_error()
     assert json.loads(reply.error.reason)["code"] == "run.foreign-bundle"
-    assert task.permitted == [[reply.object_id]]
     assert task.outcomes == ["completed"]  # the task is done: silence would stall the round
 
 

@@ -35,6 +35,8 @@ def run(function: Any) -> int:
 def test_a_result_is_for_people_or_one_envelope(capsys: pytest.CaptureFixture[str]) -> None:
     result({"n": 1}, "one [thing]")
     assert capsys.readouterr().out == "one [thing]\n"
+    result({"n": 1}, "SHA-256 8A:AB:58")
+    assert capsys.readouterr().out == "SHA-256 8A:AB:58\n"
     MODE.json = True
     result({"n": "ε"}, "one thing")
     out = capsys.readouterr().out

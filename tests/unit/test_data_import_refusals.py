@@ -266,7 +266,7 @@ def test_the_doctor_marks_a_manifest_that_cannot_be_read(tmp_path: Path) -> None
     (home.data / "site.yaml").write_text("site: [")
     answer = CliRunner().invoke(app, ["doctor", "--home", str(home.path)])
     assert answer.exit_code == 4
-    assert "✗ data:" in answer.stderr and "✓ data:" not in answer.stderr
+    assert "✗ data:" in answer.stdout and "✓ data:" not in answer.stdout
 
 
 def test_the_list_keeps_each_fact_on_one_line_at_80_columns(

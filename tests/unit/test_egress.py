@@ -1,37 +1,51 @@
-"""Nothing passes the gate that was not approved, stored, and in a private study charged."""
+"""Nothing passes the gate that was not asked, approved, stored, well-formed and charged."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from flwr.app import RecordDict
+from egress_samples import (
+    DECLARED,
+    FIGURES,
+    FLAT,
+    NODE,
+    Question,
+    Reply,
+    charge,
+    evaluated,
+    evaluating_study,
+    exact_study,
+    gate_of,
+    judge,
+    plain_study,
+    private_study,
+    refused,
+    trained,
+    update_of,
+    update_reply,
+)
+from flwr.app import Error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from site_samples import NAME, JoinedSite, joined_site, plain_study, private_study
+from site_samples import JoinedSite, joined_site
 
-from consilium_client.egress import EgressGate, error_reason
-from consilium_client.flower_private import (
-    CRASHED_REASON,
-    Push,
-    object_ids,
-    read_push,
-    read_push_object,
-)
+from consilium_client.budget.policy import write_default_policy
+from consilium_client.declared import Apart, declared
+from consilium_client.egress import EgressGate, Passed, permitted_figures
+from consilium_client.error_replies import error_reason
 from consilium_client.store import StudyStore
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
-from consilium_common.ledger.entries import Purpose
 from consilium_common.ledger.store import Ledger
-from consilium_common.privacy.accounting import parameters
+from consilium_common.models.registry import trained_specs
+from consilium_common.models.weights import check_packed, pack
 from consilium_common.study import Study
 from consilium_common.wire.messages import to_server
-
-CONTENT = b"an object of a reply"
-OBJECT = hashlib.sha256(CONTENT).hexdigest()
-PATIENTS = [hashlib.sha256(b"%d" % n).hexdigest()[:32] for n in range(4)]
 
 
 @pytest.fixture
@@ -41,277 +55,341 @@ def site(tmp_path: Path) -> JoinedSite:
 
 @pytest.fixture
 def gate(site: JoinedSite) -> EgressGate:
-    return EgressGate(site.home, NAME)
+    return gate_of(site)
 
 
-def reply(*objects: str, reason: str | None = None) -> Push:
-    return Push(b"", objects or (OBJECT,), reason)
+# --- what was asked and approved ----------------------------------------------------------------
 
 
-def refused(call: object, *arguments: object) -> bool:
-    """Whether the gate refuses; any other error is none of its own."""
-    assert callable(call)
-    try:
-        call(*arguments)
-    except ConsiliumError as error:
-        assert error.code in ("privacy.egress", "privacy.no-ledger", "study.not-approved"), error
-        return True
-    return False
-
-
-def approve(site: JoinedSite, study: Study, kind: str = "train") -> StudyStore:
-    """Approve a study and register the object of its first round's reply."""
-    store = StudyStore(site.home)
-    store.decide(study, "approved", 20, "")
-    store.permit_outgoing([OBJECT], study.digest, 0, kind)
-    return store
-
-
-def evaluating_study() -> Study:
-    """Return a private study that releases noised figures."""
-    evaluation = {"release": "private", "epsilon": 0.5}
-    return Study.model_validate({**private_study().to_canonical(), "evaluation": evaluation})
-
-
-def charge(
-    site: JoinedSite, study: Study, update_sha256: str | None, purpose: Purpose = "training"
-) -> None:
-    plan = parameters(study)
-    assert plan is not None
-    event = plan.event_per_round if purpose == "training" else plan.evaluation_event
-    assert event is not None
-    with Ledger.open(site.home.ledger, site.signer, site=NAME) as ledger:
-        entry = ledger.charge(
-            study=study.digest,
-            round_index=0,
-            event=event,
-            clip_norm=plan.clip_norm,
-            delta=plan.delta,
-            patients=PATIENTS,
-            purpose=purpose,
-        )
-        if update_sha256 is not None:
-            ledger.release(entry, update_sha256)
-
-
-def test_an_object_that_nobody_registered_is_refused(gate: EgressGate) -> None:
-    assert refused(gate.check_message, reply())
-    assert refused(gate.check_object, OBJECT, CONTENT)
-
-
-def test_a_reply_of_an_approved_study_passes_and_no_object_beside_it(
+def test_a_reply_needs_an_approved_study_and_what_was_stored_for_the_round_asked(
     site: JoinedSite, gate: EgressGate
 ) -> None:
-    approve(site, plain_study())
-    gate.check_message(reply())
-    gate.check_object(OBJECT, CONTENT)
-    other = hashlib.sha256(b"patient list").hexdigest()
-    assert refused(gate.check_message, reply(OBJECT, other))
-    assert refused(gate.check_object, other, b"patient list")
-
-
-def test_content_under_another_objects_name_is_refused(site: JoinedSite, gate: EgressGate) -> None:
-    approve(site, plain_study())
-    assert refused(gate.check_object, OBJECT, b"patient list")
-    assert refused(gate.check_object, OBJECT, CONTENT + b" ")
+    study = plain_study()
+    blob = update_of(study)
+    question = Question(study)
+    assert refused(lambda: judge(gate, question, to_server(blob, None)), "study.not-approved")
+    StudyStore(site.home).decide(study, "approved", 20, "")
+    assert refused(lambda: judge(gate, question, to_server(blob, None)))
+    trained(site, study)
+    assert judge(gate, question, to_server(blob, None)).receipt is not None
+    later = Question(study, number=1)
+    assert refused(lambda: judge(gate, later, to_server(blob, None)))
 
 
 def test_a_study_that_is_declined_meanwhile_sends_no_more(
     site: JoinedSite, gate: EgressGate
 ) -> None:
-    store = approve(site, plain_study())
-    gate.check_message(reply())
-    store.decide(plain_study(), "declined", 0, "no")
-    assert refused(gate.check_message, reply())
+    study = plain_study()
+    blob = trained(site, study)
+    StudyStore(site.home).decide(study, "declined", 0, "no")
+    question = Question(study)
+    assert refused(lambda: judge(gate, question, to_server(blob, None)), "study.not-approved")
+    assert refused(lambda: gate.require_approved(study.digest), "study.not-approved")
 
 
-def reply_of(site: JoinedSite, study: Study, kind: str, content: RecordDict) -> Push:
-    """Register a reply with this content as the executor does, and announce it."""
-    objects = [OBJECT, *object_ids(content)]
-    StudyStore(site.home).permit_outgoing(objects, study.digest, 0, kind)
-    return reply(*objects)
+def test_a_message_that_asks_for_no_round_gets_an_error_reply_at_most(
+    site: JoinedSite, gate: EgressGate
+) -> None:
+    from flwr.app import ConfigRecord
+
+    study = plain_study()
+    blob = trained(site, study)
+    twice = Question(study).message.content
+    twice["more"] = ConfigRecord({"study": "x"})
+    for content in (to_site_without_instructions(), twice):
+        question = Question(study, content=content)
+        assert refused(lambda q=question: judge(gate, q, to_server(blob, None)))  # type: ignore[misc]
+        error = Error(code=0, reason=error_reason(ConsiliumError("run.bad-message", "")))
+        assert judge(gate, question, error).receipt is None
 
 
-def release(site: JoinedSite, study: Study, sha256: str, purpose: Purpose = "training") -> None:
-    with Ledger.open(site.home.ledger, site.signer, site=NAME) as ledger:
-        found = ledger.find_charge(study.digest, 0, purpose)
-        assert found is not None
-        ledger.release(found, sha256)
+def to_site_without_instructions() -> Any:
+    from flwr.app import ArrayRecord, RecordDict
+
+    return RecordDict({"model": ArrayRecord()})
+
+
+def test_one_message_has_one_reply_and_the_same_one_again(
+    site: JoinedSite, gate: EgressGate
+) -> None:
+    study = evaluating_study()
+    evaluated(site, study, FIGURES)
+    asked = Question(study, "evaluate")
+    known = asked.asked()
+
+    def send(content: Any) -> Passed:
+        return gate.judge(known, Reply(asked, content).announced(), NODE)
+
+    first = send(to_server(None, FIGURES))
+    assert send(to_server(None, FIGURES)) == first
+    assert refused(lambda: send(to_server(None, None)))
+    assert refused(
+        lambda: send(Error(code=0, reason=error_reason(ConsiliumError("run.round", ""))))
+    )
+    assert gate.instead(known, ConsiliumError("run.round", ""), NODE) is None
+
+
+# --- what the study declares --------------------------------------------------------------------
+
+
+def forged(study: Study) -> dict[str, bytes]:
+    """Return blobs that a compromised training process might store in an update's place."""
+    honest = update_of(study)
+    tensors = {s.name: np.full(s.shape, FLAT, np.float32) for s in trained_specs(study)}
+    first = next(iter(tensors))
+    length = int.from_bytes(honest[:8], "little")
+    header = json.loads(honest[8 : 8 + length])
+
+    def rewritten(header: dict[str, Any], body: bytes) -> bytes:
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text + body
+
+    body = honest[8 + length :]
+    pixels = np.zeros(tensors[first].size + 1, np.float32)
+    nan = np.frombuffer(np.uint32(0x7FC0_1234).tobytes(), "<f4")[0]
+    return {
+        "pixels as weights": pack({**tensors, first: pixels}),
+        "a tensor beside them": pack({**tensors, "pixels": pixels}),
+        "a tensor less": pack({name: t for name, t in tensors.items() if name != first}),
+        "another name": pack({("x" if n == first else n): t for n, t in tensors.items()}),
+        "a NaN with a message": pack({**tensors, first: np.full_like(tensors[first], nan)}),
+        "infinity": pack({**tensors, first: np.full_like(tensors[first], np.inf)}),
+        "metadata": rewritten({"__metadata__": {"patient": "Doe"}, **header}, body),
+        "another order": rewritten(dict(reversed(header.items())), body),
+        "bytes at the end": honest + b"Doe",
+        "spaces in the header": rewritten(
+            {name: {**one, "shape": [*one["shape"]]} for name, one in header.items()}, body + b"\0"
+        ),
+        "half of it": honest[: len(honest) // 2],
+        "no tensors": b"a list of patients",
+        "nothing": b"",
+    }
+
+
+@pytest.mark.parametrize("study", [plain_study(), private_study()], ids=["plain", "private"])
+def test_an_update_of_another_form_never_leaves_though_it_was_stored_and_charged(
+    tmp_path: Path, study: Study
+) -> None:
+    for number, (what, blob) in enumerate(forged(study).items()):
+        site = joined_site(tmp_path / str(number))
+        store = StudyStore(site.home)
+        store.decide(study, "approved", 20, "")
+        kept = store.keep_update(study.digest, 0, blob, {})
+        if study.privacy.mode == "patient":
+            charge(site, study, kept.sha256)
+        gate = gate_of(site)
+        assert refused(lambda g=gate, b=blob: judge(g, Question(study), to_server(b, None))), what  # type: ignore[misc]
+        assert not site.home.receipts.exists(), what
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_an_update_with_any_byte_changed_in_its_header_is_refused(data: st.DataObject) -> None:
+    specs = DECLARED.of(plain_study()).tensors
+    honest = update_of(plain_study())
+    check_packed(honest, specs)
+    length = 8 + int.from_bytes(honest[:8], "little")
+    at = data.draw(st.integers(0, length - 1))
+    other = data.draw(st.integers(0, 255).filter(lambda value: value != honest[at]))
+    changed = honest[:at] + bytes([other]) + honest[at + 1 :]
+    assert refused(lambda: check_packed(changed, specs), "run.bad-update")
+
+
+def test_the_link_learns_what_a_study_declares_from_a_process_of_its_own() -> None:
+    apart = Apart()
+    try:
+        # One process for all studies: it imports torch once.
+        for study in (evaluating_study(), plain_study()):
+            assert apart(study) == declared(study)
+    finally:
+        apart.end()
+    assert set(declared(evaluating_study()).events) == {"training", "evaluation"}
+    assert declared(plain_study()).events == {}
+
+
+# --- what the ledger has charged ----------------------------------------------------------------
 
 
 def test_a_private_update_leaves_only_as_the_ledger_released_it(
     site: JoinedSite, gate: EgressGate
 ) -> None:
     study = private_study()
-    store = approve(site, study)
-    update = reply_of(site, study, "train", to_server(b"noisy update", None))
-    assert refused(gate.check_message, update)  # neither stored nor charged
-    kept = store.keep_update(study.digest, 0, b"noisy update", {})
-    assert refused(gate.check_message, update)  # no ledger yet, or nothing charged in it
+    store = StudyStore(site.home)
+    store.decide(study, "approved", 20, "")
+    blob = update_of(study)
+    kept = store.keep_update(study.digest, 0, blob, {})
+    content = to_server(blob, None)
+    assert refused(lambda: judge(gate, Question(study), content))  # no ledger yet
     charge(site, study, None)
-    assert refused(gate.check_message, update)  # charged and not released
-    release(site, study, kept.sha256)
-    gate.check_message(update)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        to_server(b"update without noise", None),
-        to_server(b"noisy update", {"loss": 0.25}),
-        to_server(None, {"loss": 0.25}),
-        to_server(None, None),
-    ],
-    ids=["another update", "a loss beside it", "a loss", "nothing"],
-)
-def test_a_private_reply_holds_the_released_update_and_nothing_else(
-    site: JoinedSite, gate: EgressGate, content: RecordDict
-) -> None:
-    study = private_study()
-    approve(site, study)
-    kept = StudyStore(site.home).keep_update(study.digest, 0, b"noisy update", {})
-    charge(site, study, kept.sha256)
-    gate.check_message(reply_of(site, study, "train", to_server(b"noisy update", None)))
-    assert refused(gate.check_message, reply_of(site, study, "train", content))
-    # Called an evaluation it leaves no more than called an update; an empty one says nothing.
-    if content:
-        assert refused(gate.check_message, reply_of(site, study, "evaluate", content))
+    assert refused(lambda: judge(gate, Question(study), content))  # charged and not released
+    with Ledger.open(site.home.ledger, site.signer, site="north-clinic") as ledger:
+        found = ledger.find_charge(study.digest, 0)
+        assert found is not None
+        ledger.release(found, kept.sha256)
+    passed = judge(gate, Question(study), content)
+    assert passed.receipt is not None
+    assert passed.receipt.release.event is not None
+    assert passed.receipt.release.event.hash == found.entry.hash
 
 
 def test_a_private_update_other_than_the_released_one_is_refused(
     site: JoinedSite, gate: EgressGate
 ) -> None:
     study = private_study()
-    store = approve(site, study)
-    charge(site, study, hashlib.sha256(b"noisy update").hexdigest())
-    store.keep_update(study.digest, 0, b"update without noise", {})
-    content = to_server(b"update without noise", None)
-    assert refused(gate.check_message, reply_of(site, study, "train", content))
+    store = StudyStore(site.home)
+    store.decide(study, "approved", 20, "")
+    blob = update_of(study, 0.5)
+    store.keep_update(study.digest, 0, blob, {})
+    charge(site, study, hashlib.sha256(update_of(study)).hexdigest())
+    assert refused(lambda: judge(gate, Question(study), to_server(blob, None)))
 
 
-FIGURES = {"sum": 1.0625}
-
-
-@pytest.mark.parametrize("release_kind", ["none", "private"])
-def test_an_evaluation_without_figures_passes_in_a_private_study(
-    site: JoinedSite, gate: EgressGate, release_kind: str
+def test_a_charge_for_another_mechanism_than_the_study_s_pays_for_nothing(
+    site: JoinedSite, gate: EgressGate
 ) -> None:
-    study = evaluating_study() if release_kind == "private" else private_study()
-    approve(site, study)
-    gate.check_message(reply_of(site, study, "evaluate", to_server(None, None)))
-    assert refused(gate.check_message, reply_of(site, study, "evaluate", to_server(None, FIGURES)))
+    study = private_study()
+    cheaper = Study.model_validate(
+        {
+            **study.to_canonical(),
+            "privacy": {**study.to_canonical()["privacy"], "noise_multiplier": 50.0},
+        }
+    )
+    store = StudyStore(site.home)
+    store.decide(study, "approved", 20, "")
+    blob = update_of(study)
+    kept = store.keep_update(study.digest, 0, blob, {})
+    event = declared(cheaper).events["training"]
+    with Ledger.open(site.home.ledger, site.signer, site="north-clinic") as ledger:
+        entry = ledger.charge(
+            study=study.digest,
+            round_index=0,
+            event=event,
+            clip_norm=1.0,
+            delta=1e-3,
+            patients=["0" * 32],
+        )
+        ledger.release(entry, kept.sha256)
+    assert refused(lambda: judge(gate, Question(study), to_server(blob, None)))
+
+
+def test_a_reply_holds_the_stored_update_and_nothing_else(
+    site: JoinedSite, gate: EgressGate
+) -> None:
+    study = private_study()
+    blob = trained(site, study)
+    for content in (
+        to_server(update_of(study, 0.5), None),
+        to_server(blob, {"loss": 0.25}),
+        to_server(None, {"loss": 0.25}),
+        to_server(None, None),
+        with_records(to_server(blob, None)),
+    ):
+        assert refused(lambda c=content: judge(gate, Question(study), c))  # type: ignore[misc]
+        # Called an evaluation it leaves no more than called an update.
+        if content:
+            assert refused(lambda c=content: judge(gate, Question(study, "evaluate"), c))  # type: ignore[misc]
+    assert not site.home.receipts.exists()
+
+
+def with_records(content: Any) -> Any:
+    from flwr.app import ConfigRecord
+
+    content["notes"] = ConfigRecord({"patient": "Doe"})
+    return content
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("study", [private_study(), evaluating_study(), plain_study()])
+def test_an_evaluation_without_figures_passes_and_releases_nothing(
+    site: JoinedSite, gate: EgressGate, study: Study
+) -> None:
+    StudyStore(site.home).decide(study, "approved", 20, "")
+    assert judge(gate, Question(study, "evaluate"), to_server(None, None)).receipt is None
+    assert refused(lambda: judge(gate, Question(study, "evaluate"), to_server(None, FIGURES)))
 
 
 def test_noised_figures_leave_only_as_the_ledger_released_them(
     site: JoinedSite, gate: EgressGate
 ) -> None:
     study = evaluating_study()
-    store = approve(site, study)
-    figures = reply_of(site, study, "evaluate", to_server(None, FIGURES))
-    assert refused(gate.check_message, figures)  # neither stored nor charged
-    kept = store.keep_update(
-        study.digest, 0, canonical_json(FIGURES), FIGURES, purpose="evaluation"
-    )
-    charge(site, study, None, "evaluation")
-    assert refused(gate.check_message, figures)  # charged and not released
-    release(site, study, kept.sha256, "evaluation")
-    gate.check_message(figures)
+    evaluated(site, study, FIGURES)
+    asked = Question(study, "evaluate")
+    assert judge(gate, asked, to_server(None, FIGURES)).receipt is not None
     for other in (
         {"sum": 1.0625000000000002},
         {**FIGURES, "cases": 3.0},
         {"total": 1.0625},
         {"sum": 1},
     ):
-        found = reply_of(site, study, "evaluate", to_server(None, other))
-        assert refused(gate.check_message, found), other
-    blob = reply_of(site, study, "evaluate", to_server(b"patient list", FIGURES))
-    assert refused(gate.check_message, blob)
+        assert refused(lambda o=other: judge(gate, asked, to_server(None, o))), other  # type: ignore[misc]
+    blob = update_of(study)
+    assert refused(lambda: judge(gate, asked, to_server(blob, FIGURES)))
 
 
-def test_figures_do_not_leave_under_the_charge_of_a_training(
-    site: JoinedSite, gate: EgressGate
+@pytest.mark.parametrize(
+    "content",
+    [
+        canonical_json({"sum": 1.0, "patient Doe, born 1970": 1.0}),
+        canonical_json({"x" * 10_000: 1.0}),
+        b'{"sum":NaN}',
+        b'{"sum":1e999}',
+        b'{"sum": 1.0}',
+        b'{"sum":1.0,"sum":2.0}',
+        b'{"sum":"Doe"}',
+        b'{"sum":[1.0]}',
+        b'{"sum":1}',
+        b"[1.0]",
+        b"Doe",
+        b"",
+    ],
+)
+def test_charged_figures_of_another_form_never_leave(
+    site: JoinedSite, gate: EgressGate, content: bytes
 ) -> None:
     study = evaluating_study()
-    store = approve(site, study)
-    kept = store.keep_update(
-        study.digest, 0, canonical_json(FIGURES), FIGURES, purpose="evaluation"
-    )
-    charge(site, study, kept.sha256)
-    assert refused(gate.check_message, reply_of(site, study, "evaluate", to_server(None, FIGURES)))
+    store = StudyStore(site.home)
+    store.decide(study, "approved", 20, "")
+    kept = store.keep_update(study.digest, 0, content, FIGURES, purpose="evaluation")
+    charge(site, study, kept.sha256, "evaluation")
+    assert refused(lambda: judge(gate, Question(study, "evaluate"), to_server(None, FIGURES)))
 
 
-def test_an_error_reply_passes_with_a_code_and_our_fixed_words_alone(gate: EgressGate) -> None:
-    plain = error_reason(ConsiliumError("data.truncated", "Doe", where="Doe.dcm", hint="Doe"))
-    assert "Doe" not in plain
-    gate.check_message(reply(reason=plain))
-    told = json.loads(plain)
-    for reason in (
-        "",
-        "Traceback: patient Doe",
-        "null",
-        "[]",
-        json.dumps({**told, "message": "patient Doe"}, sort_keys=True),
-        json.dumps({**told, "extra": "Doe"}, sort_keys=True),
-        json.dumps({**told, "code": "Doe.1970"}, sort_keys=True),
-        plain + " ",
-        json.dumps(told, sort_keys=True, indent=1),
-    ):
-        assert refused(gate.check_message, reply(reason=reason)), reason
-    # And nothing beside it.
-    assert refused(gate.check_message, reply(OBJECT, "f" * 64, reason=plain))
+def test_exact_figures_leave_as_the_study_names_them_and_where_the_policy_permits(
+    site: JoinedSite, gate: EgressGate
+) -> None:
+    study = exact_study()
+    figures = dict.fromkeys(sorted(permitted_figures(study, "evaluation")), 2.0)
+    assert set(figures) == {"cases", "dice.organ.total", "dice.organ.count"}
+    evaluated(site, study, figures)
+    asked = Question(study, "evaluate")
+    write_default_policy(site.home)
+    permission = "release_exact_metrics: {}"
+    text = site.home.policy.read_text()
+    assert permission.format("false") in text
+    assert refused(lambda: judge(gate, asked, to_server(None, figures)))
+    site.home.policy.write_text(text.replace(permission.format("false"), permission.format("true")))
+    assert judge(gate, asked, to_server(None, figures)).receipt is not None
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.text(max_size=60))
-def test_no_words_of_a_task_pass_as_an_error(words: str) -> None:
-    from consilium_client.egress import _is_plain_error
-    from consilium_client.flower_private import reason_code
-
-    code = reason_code(words)
-    assert code is None or not _is_plain_error(words, code)
+# --- receipts -----------------------------------------------------------------------------------
 
 
-def test_a_crashed_task_may_be_reported_once_and_in_flowers_words(gate: EgressGate) -> None:
-    content = b"metadata " + CRASHED_REASON.encode()
-    name = hashlib.sha256(content).hexdigest()
-    assert refused(gate.check_object, name, content)  # not announced
-    gate.check_message(reply(name, reason=CRASHED_REASON))
-    gate.check_object(name, content)
-    assert refused(gate.check_object, name, content)  # once
+def test_what_left_once_cannot_be_exchanged_for_something_else(
+    site: JoinedSite, gate: EgressGate
+) -> None:
+    study = plain_study()
+    blob = trained(site, study)
+    judge(gate, Question(study), to_server(blob, None))
+    other = update_of(study, 0.5)
+    (path,) = site.home.releases.iterdir()
+    path.write_bytes(other)
+    import sqlite3
 
-    for large in (b"x" * 5000 + CRASHED_REASON.encode(), b"other words"):
-        name = hashlib.sha256(large).hexdigest()
-        gate.check_message(reply(name, reason=CRASHED_REASON))
-        assert refused(gate.check_object, name, large)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=300))
-def test_bytes_that_are_no_message_are_refused(body: bytes) -> None:
-    for read in (read_push, read_push_object):
-        try:
-            read(body)
-        except ConsiliumError as error:
-            assert error.code == "privacy.egress"
-
-
-def test_an_announcement_of_no_or_several_messages_or_with_content_is_refused() -> None:
-    from flwr.proto.fleet_pb2 import PushMessagesRequest
-    from flwr.proto.message_pb2 import Message, ObjectTree
-    from flwr.proto.recorddict_pb2 import RecordDict
-
-    tree = ObjectTree(object_id="o")
-    inline = Message()
-    inline.content.CopyFrom(RecordDict())
-    inline.content.items.add(key="patients")
-    for messages, trees in (
-        ([], []),
-        ([Message(), Message()], [tree, tree]),
-        ([Message()], []),
-        ([Message()], [tree, tree]),
-        ([inline], [tree]),
-    ):
-        body = PushMessagesRequest(messages_list=messages, message_object_trees=trees)
-        with pytest.raises(ConsiliumError) as caught:
-            read_push(body.SerializeToString())
-        assert caught.value.code == "privacy.egress"
+    with sqlite3.connect(site.home.studies) as db:
+        db.execute("UPDATE updates SET sha256 = ?", (hashlib.sha256(other).hexdigest(),))
+    again = Question(study, created_at=1.9e9 + 9)
+    assert refused(lambda: judge(gate, again, to_server(other, None)), "privacy.second-release")
+    assert update_reply(again, other).announced().children  # it was announced as it stands

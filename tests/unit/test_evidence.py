@@ -57,6 +57,7 @@ def test_the_folder_holds_what_the_auditor_needs_and_it_fits_together(
         "ledger-signer.pem",
         "authority.pem",
         "egress.json",
+        "receipts.jsonl",
         *(f"studies/{digest}.json" for digest in digests),
     }
     verified = verify_file(folder / "ledger.jsonl", site.signer.public_key())

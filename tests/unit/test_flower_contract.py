@@ -21,6 +21,7 @@ import pytest
 from flower_imports import FlowerImport, flower_imports
 
 from consilium_client import flower_private as client_private
+from consilium_client import flower_private_fleet as fleet
 from consilium_common.flower_bundle import bundle, bundle_hash
 from consilium_common.identity.keys import new_tls_key, openssh_pem
 from consilium_common.wire.methods import (
@@ -92,34 +93,40 @@ def test_media_type_and_headers_of_node_authentication() -> None:
 def test_the_words_of_a_crashed_task_are_those_the_egress_gate_lets_out() -> None:
     from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
 
-    assert CLIENT_APP_CRASHED_ERROR.reason == client_private.CRASHED_REASON
+    assert CLIENT_APP_CRASHED_ERROR.reason == fleet.CRASHED_REASON
 
 
-def test_equal_records_have_equal_ids_and_a_messages_own_id_is_its_trees_root(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from flwr.app import Message
-    from flwr.supercore.inflatable.inflatable_object import get_object_tree
-    from flwr.supercore.task_identity import TaskIdentity
+def test_equal_content_makes_equal_replies_and_a_messages_own_id_is_its_trees_root() -> None:
+    from flwr.app import Metadata
 
     from consilium_common.wire.messages import to_server
 
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 3)
-    ids = client_private.object_ids
+    metadata = Metadata(3, "m", 1, 2, "", "1", 1.9e9, 60.0, "train")
+    asked = fleet.Asked("m", 3, "train", frozenset(), metadata)
+
+    def made(blob: bytes | None, figures: dict[str, float] | None) -> fleet.Outgoing:
+        return fleet.outgoing(asked, 2, content=to_server(blob, figures))
+
     for blob, figures in (
         (None, None),
         (b"w" * 10, None),
         (None, {"sum": 0.1 + 0.2}),
         (bytes(_chunk_size() + 1), {"loss": 1.0}),
     ):
+        reply = made(blob, figures)
+        assert reply == made(blob, figures)
+        assert hashlib.sha256(reply.message).hexdigest() == reply.message_id
+        request = fleet.read_request("PushMessages", reply.body)
+        announced = fleet.announced_in(request)
+        assert (
+            announced.message_id == reply.message_id == request.messages_list[0].metadata.message_id
+        )
+        assert announced.is_of(reply)
         content = to_server(blob, figures)
-        assert ids(content) == ids(to_server(blob, figures))
-        message = Message(content=content, dst_node_id=1, message_type="train")
-        *inside, own = ids(message)
-        assert inside == ids(content)
-        assert own == message.object_id == get_object_tree(message).object_id
-    assert ids(to_server(None, {"sum": 1.0})) != ids(to_server(None, {"sum": 1.0 + 2**-52}))
+        assert content.object_id in reply.content_ids()
+    assert not fleet.announced_in(
+        fleet.read_request("PushMessages", made(None, {"sum": 1.0}).body)
+    ).is_of(made(None, {"sum": 1.0 + 2**-52}))
 
 
 def _chunk_size() -> int:
@@ -280,7 +287,7 @@ def test_a_supernode_reads_our_key_file_and_has_our_nodes_key(tmp_path: Path) ->
     loaded = load_ssh_private_key(openssh_pem(key), None)
     assert loaded.private_numbers() == key.private_numbers()  # type: ignore[union-attr]
 
-    headers = dict(client_private.node_headers(key))
+    headers = dict(fleet.node_headers(key))
     public = base64.b64decode(headers["flwr-public-key"])
     assert public == server_private.node_key_bytes(key.public_key())
     assert headers["flwr-public-key"] == server_private.public_key_header(key.public_key())
@@ -326,29 +333,25 @@ def test_a_reply_is_announced_and_pushed_as_the_link_reads_it() -> None:
     from flwr.app.message import remove_content_from_message
     from flwr.common.serde import message_to_proto
     from flwr.proto.fleet_pb2 import PushMessagesRequest
-    from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PushObjectRequest
-    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+    from flwr.supercore.inflatable.inflatable_object import get_object_tree
 
     asked = Message(content=_content(), dst_node_id=1, message_type="train")
     asked.metadata.__dict__["_message_id"] = asked.object_id
-    for reply, reason in (
+    for reply, error in (
         (Message(content=_content(), reply_to=asked), None),
-        (Message(Error(code=7, reason="words"), reply_to=asked), "words"),
+        (Message(Error(code=7, reason="words"), reply_to=asked), (7, "words")),
     ):
-        request = PushMessagesRequest(
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        body = PushMessagesRequest(
             messages_list=[message_to_proto(remove_content_from_message(reply))],
             message_object_trees=[get_object_tree(reply)],
             clientapp_runtime_list=[12.5],
-        )
-        push = client_private.read_push(request.SerializeToString())
-        assert push.error_reason == reason
-        assert set(push.object_ids) == set(get_all_nested_objects(reply))
-        # How long the app ran depends on the data.
-        assert list(PushMessagesRequest.FromString(push.body).clientapp_runtime_list) == [0.0]
-    confirmed = ConfirmMessageReceivedRequest(message_object_id="id").SerializeToString()
-    assert client_private.confirmed_message(confirmed) == "id"
-    body = PushObjectRequest(object_id="id", object_content=b"content").SerializeToString()
-    assert client_private.read_push_object(body) == ("id", b"content")
+        ).SerializeToString()
+        announced = fleet.announced_in(fleet.read_request("PushMessages", body))
+        assert announced.error == error
+        assert announced.message_id == reply.object_id
+        assert announced.reply_to == asked.object_id
+        assert announced.children == tuple(get_object_tree(reply).children)
 
 
 def test_a_held_pull_sees_whether_a_message_came() -> None:

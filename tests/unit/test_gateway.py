@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from site_samples import member_credentials
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import Authority, certificate_pem
-from consilium_common.identity.certificates import Role, describe, load_certificate
+from consilium_common.identity.certificates import SERVER_NAME, Role, describe, load_certificate
 from consilium_common.identity.keys import new_tls_key, save_private
 from consilium_common.processes import free_port
 from consilium_common.wire.channel import CHANNEL_OPTIONS, Credentials
@@ -23,17 +25,21 @@ from consilium_common.wire.methods import (
     HTTP_STATUS_KEY,
     SERVICE_ROLES,
     SITE_HELLO,
+    SITE_PROGRESS,
     fleet_method,
 )
 from consilium_common.wire.tls13 import grpc
 from consilium_server.fleet import Arrivals, FleetForwarder
 from consilium_server.flower_private import public_key_header
 from consilium_server.gateway import Gateway
+from consilium_server.limits import Limits
 from consilium_server.peers import Doorkeeper, Peer
 from consilium_server.registry import Registry
 from consilium_server.tables import InvitationRow, Member, now
 
 NODE = 4711
+#: All that a caller learns whose certificate is refused.
+REFUSED = ("PERMISSION_DENIED", "identity.refused")
 
 
 class House:
@@ -52,6 +58,7 @@ class House:
         self.superlink: Callable[[str], tuple[int, bytes]] = lambda _: (200, b"")
         self.forwarded: list[tuple[str, bytes]] = []
         self.fails: ConsiliumError | None = None
+        self.limits = Limits()
 
     def add(self, role: Role = Role.SITE, name: str = "north", **changes: object) -> Credentials:
         credentials = member_credentials(self.authority, role, name)
@@ -81,6 +88,8 @@ class House:
         async def service(peer: Peer, request: dict[str, Any]) -> Any:
             if self.fails is not None:
                 raise self.fails
+            if request.get("slow"):
+                await asyncio.sleep(0.3)
             return {"name": peer.name, "request": request}
 
         async def all_of_it() -> Any:
@@ -99,6 +108,7 @@ class House:
                 fleet,
                 Arrivals(self.folder / "arrived"),
                 dict.fromkeys(SERVICE_ROLES, service),
+                self.limits,
             )
             await gateway.start("127.0.0.1", self.port, self.folder)
             try:
@@ -166,10 +176,10 @@ def test_each_role_reaches_its_own_services_alone(house: House, role: Role) -> N
             if role in roles:
                 assert (status, json.loads(content)["request"]) == ("OK", {"x": 1}), method
             else:
-                assert (status, code) == ("PERMISSION_DENIED", "identity.wrong-role"), method
+                assert (status, code) == REFUSED, method
         status, code, _ = await house.call(credentials, fleet_method("GetRun"))
         if role is not Role.SITE:
-            assert (status, code) == ("PERMISSION_DENIED", "identity.wrong-role")
+            assert (status, code) == REFUSED
         assert (await house.call(credentials, "/flwr.proto.Control/StartRun"))[0] == (
             "UNIMPLEMENTED"
         )
@@ -182,10 +192,12 @@ def test_certificates_of_other_roles_open_nothing(house: House, role: Role) -> N
     credentials = member_credentials(house.authority, role, "north")
     status, code, _ = house.ask(credentials, SITE_HELLO)
     assert status in ("UNAVAILABLE", "PERMISSION_DENIED")
-    assert code in ("", "identity.unknown", "identity.wrong-role")
+    assert code in ("", "identity.refused")
 
 
-def test_a_member_that_is_unknown_revoked_or_replaced_is_refused(house: House) -> None:
+def test_a_member_that_is_unknown_revoked_or_replaced_is_refused_and_only_the_log_says_why(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
     unknown = member_credentials(house.authority, Role.SITE, "nobody")
     revoked = house.add(name="gone", status="revoked")
     replaced = house.add(name="twice")
@@ -197,22 +209,25 @@ def test_a_member_that_is_unknown_revoked_or_replaced_is_refused(house: House) -
     async def scenario() -> list[tuple[str, str, bytes]]:
         return [await house.call(c, SITE_HELLO) for c in (unknown, revoked, replaced, was_site)]
 
-    assert [(status, code) for status, code, _ in house.run(scenario)] == [
-        ("PERMISSION_DENIED", "identity.unknown"),
-        ("PERMISSION_DENIED", "identity.revoked"),
-        ("PERMISSION_DENIED", "identity.replaced"),
-        ("PERMISSION_DENIED", "identity.unknown"),
-    ]
+    assert [(status, code) for status, code, _ in house.run(scenario)] == [REFUSED] * 4
+    for record, reason in zip(
+        caplog.records, ("unknown", "revoked", "replaced", "unknown"), strict=True
+    ):
+        assert f"identity.{reason}" in record.getMessage()
 
 
-def test_an_invitation_that_was_used_or_withdrawn_opens_nothing(house: House) -> None:
+def test_an_invitation_that_was_used_or_withdrawn_opens_nothing(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
     used, withdrawn = house.add(Role.INVITATION, "a"), house.add(Role.INVITATION, "b")
     house.registry.spend_invitation(describe(load_certificate(used.certificate)).serial)
     with house.registry.transaction() as session:
         serial = describe(load_certificate(withdrawn.certificate)).serial
         session.delete(session.get_one(InvitationRow, serial))
-    assert house.ask(used, ENROL)[1] == "identity.invitation-used"
-    assert house.ask(withdrawn, ENROL)[1] == "identity.unknown"
+    assert house.ask(used, ENROL)[:2] == REFUSED
+    assert "identity.invitation-used" in caplog.text
+    assert house.ask(withdrawn, ENROL)[:2] == REFUSED
+    assert "identity.unknown" in caplog.text
 
 
 def test_a_service_s_error_travels_with_its_words(house: House) -> None:
@@ -242,6 +257,24 @@ def test_a_fleet_call_passes_with_its_bytes_and_flowers_status(house: House) -> 
         credentials, fleet_method("GetRun"), body, flwr_public_key=node_key(credentials)
     ) == ("OK", "409", b"conflict")
     assert house.forwarded == [("GetRun", body)]
+
+
+def test_a_reply_that_names_another_node_as_its_own_never_reaches_flower(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
+    from flwr.proto.message_pb2 import Message, Metadata
+    from flwr.proto.node_pb2 import Node
+
+    credentials = house.add()
+    method, key = fleet_method("PushMessages"), node_key(credentials)
+    for named, expected in ((NODE, "OK"), (NODE + 1, "PERMISSION_DENIED")):
+        reply = Message(metadata=Metadata(src_node_id=named))
+        body = PushMessagesRequest(node=Node(node_id=NODE), messages_list=[reply])
+        answer = house.ask(credentials, method, body.SerializeToString(), flwr_public_key=key)
+        assert answer[0] == expected
+    assert len(house.forwarded) == 1
+    assert "identity.foreign-node" in caplog.text
 
 
 def test_a_held_pull_returns_when_a_message_comes_and_ends_when_the_site_is_revoked(
@@ -277,9 +310,116 @@ def test_a_held_pull_returns_when_a_message_comes_and_ends_when_the_site_is_revo
             with house.registry.transaction() as session:
                 session.get_one(Member, "north").status = "revoked"
 
-        assert (await kicked(revoke))[:2] == ("PERMISSION_DENIED", "identity.revoked")
+        assert (await kicked(revoke))[:2] == REFUSED
 
     house.run(scenario)
+
+
+def presented(house: House, credentials: Credentials) -> str:
+    """Return the serial number of the certificate that the port presents to a new caller."""
+    context = ssl.create_default_context(cadata=credentials.authority.decode())
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection(("127.0.0.1", house.port), timeout=10) as raw,
+        context.wrap_socket(raw, server_hostname=SERVER_NAME) as stream,
+    ):
+        certificate = stream.getpeercert()
+    assert certificate is not None
+    return str(certificate["serialNumber"]).lower().lstrip("0")
+
+
+def certify_server(house: House, key: Any, authority: Authority | None = None) -> str:
+    """Replace the server's certificate on disk and return its serial number."""
+    server = (authority or house.authority).issue(key.public_key(), Role.SERVER, "aggregator")
+    (house.folder / "server.pem").write_bytes(certificate_pem(server))
+    return f"{server.serial_number:x}"
+
+
+def test_a_new_server_certificate_is_presented_without_a_restart_and_calls_go_on(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    credentials = house.add()
+
+    async def scenario() -> None:
+        async with grpc.aio.secure_channel(
+            f"127.0.0.1:{house.port}", credentials.for_grpc(), options=CHANNEL_OPTIONS
+        ) as channel:
+            hello = channel.unary_unary(SITE_HELLO)
+            await hello(b"{}", timeout=10)
+            first = await asyncio.to_thread(presented, house, credentials)
+            key = new_tls_key()
+            second = certify_server(house, key)
+            # The certificate is there a moment before its key: the old pair stays in force.
+            assert await asyncio.to_thread(presented, house, credentials) == first
+            save_private(house.folder / "server-key.pem", key)
+            assert await asyncio.to_thread(presented, house, credentials) == second != first
+            await hello(b"{}", timeout=10)
+
+    house.run(scenario)
+    assert "goes on with its old certificate" in caplog.text
+
+
+def test_a_bundle_that_changes_changes_who_may_connect(house: House) -> None:
+    """A founding authority's successor is added to the bundle: its members get through TLS."""
+    credentials = house.add()
+    successor = house.authority.successor()
+    renewed = member_credentials(successor, Role.SITE, "north")
+    renewed = Credentials(credentials.authority, renewed.certificate, renewed.key)
+
+    async def scenario() -> None:
+        assert (await house.call(credentials, SITE_HELLO))[0] == "OK"
+        assert (await house.call(renewed, SITE_HELLO))[0] == "UNAVAILABLE"
+        bundle = [successor.certificate, house.authority.certificate]
+        (house.folder / "authority.pem").write_bytes(b"".join(map(certificate_pem, bundle)))
+        # Through TLS now; the register does not know it.
+        assert (await house.call(renewed, SITE_HELLO))[:2] == REFUSED
+        assert (await house.call(credentials, SITE_HELLO))[0] == "OK"
+
+    house.run(scenario)
+
+
+def test_a_server_without_readable_certificates_does_not_start(house: House) -> None:
+    (house.folder / "server.pem").write_bytes(b"nonsense")
+
+    async def scenario() -> None:
+        raise AssertionError("it started")
+
+    with pytest.raises(ConsiliumError) as caught:
+        house.run(scenario)
+    assert caught.value.code == "identity.bad-server"
+
+
+def test_a_call_larger_than_its_kind_or_over_the_site_s_limit_is_refused_by_name(
+    house: House,
+) -> None:
+    credentials = house.add()
+    house.limits = Limits(calls=2, small_message_bytes=4096)
+    large = b'{"x": "' + b"x" * 5000 + b'"}'
+
+    async def scenario() -> None:
+        assert (await house.call(credentials, SITE_HELLO, large))[:2] == (
+            "RESOURCE_EXHAUSTED",
+            "network.too-large",
+        )
+        answers = await asyncio.gather(
+            *(house.call(credentials, SITE_HELLO, b"{}") for _ in range(3)),
+            *(house.call(credentials, SITE_PROGRESS, b'{"slow": true}') for _ in range(4)),
+        )
+        assert {status for status, *_ in answers} == {"OK", "RESOURCE_EXHAUSTED"}
+        assert {code for _, code, _ in answers} == {"", "network.too-many-calls"}
+
+    house.run(scenario)
+
+
+def test_nothing_is_described_by_reflection(house: House) -> None:
+    credentials = house.add()
+    for method in (
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        "/grpc.health.v1.Health/Check",
+        "/grpc.channelz.v1.Channelz/GetServers",
+    ):
+        assert house.ask(credentials, method)[0] == "UNIMPLEMENTED"
 
 
 def test_a_port_that_is_taken_is_one_clear_error(house: House) -> None:

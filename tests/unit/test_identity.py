@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import (
-    SIGNING_ROLES,
     Authority,
     certificate_pem,
     load_request,
     signing_request,
 )
 from consilium_common.identity.certificates import (
+    CERTIFYING_ROLES,
     SERVER_NAME,
+    SIGNING_ROLES,
     Role,
     check_issued,
     check_name,
@@ -53,6 +54,8 @@ from consilium_common.wire.statements import (
 
 AUTHORITY = Authority.create("tests")
 KEY = new_tls_key()
+#: Every role that a holder of a certificate can have, and that certifies nobody.
+HOLDERS = [role for role in Role if role not in CERTIFYING_ROLES]
 
 
 def code_of(call: object, *arguments: object, **named: object) -> str:
@@ -66,7 +69,7 @@ def code_of(call: object, *arguments: object, **named: object) -> str:
 # --- certificates ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", [role for role in Role if role is not Role.AUTHORITY])
+@pytest.mark.parametrize("role", HOLDERS)
 def test_a_certificate_says_role_name_and_consortium(role: Role) -> None:
     key = new_signing_key() if role in SIGNING_ROLES else KEY
     certificate = AUTHORITY.issue(key.public_key(), role, "north-clinic")
@@ -79,7 +82,7 @@ def test_a_certificate_says_role_name_and_consortium(role: Role) -> None:
     )
 
 
-@pytest.mark.parametrize("role", [role for role in Role if role is not Role.AUTHORITY])
+@pytest.mark.parametrize("role", HOLDERS)
 def test_only_the_servers_certificate_can_serve(role: Role) -> None:
     hosts = ("127.0.0.1", "fl.example.org")
     certificate = AUTHORITY.issue(KEY.public_key(), role, "x", hosts=hosts)
@@ -321,11 +324,29 @@ def test_a_statement_is_taken_from_the_named_signer_alone() -> None:
     assert refused(signature="zz") == "identity.bad-signature"
     assert refused(signature=sign(new_signing_key(), statement)) == "identity.bad-signature"
     # The key must be certified for signing, by this consortium.
-    as_site = certificate_pem(AUTHORITY.issue(key.public_key(), Role.SITE, "north")).decode()
-    assert refused(signer_pem=as_site) == "identity.bad-signature"
+    for role, kind, code in (
+        (Role.WITNESS, key, "identity.bad-signature"),
+        (Role.SITE, KEY, "identity.bad-signature"),
+        (Role.SITE, key, "identity.weak-key"),
+    ):
+        other = AUTHORITY.issue(kind.public_key(), role, "north")
+        assert refused(signer_pem=certificate_pem(other).decode()) == code
     foreign = Authority.create("x").issue(key.public_key(), Role.SIGNER, "north")
     assert refused(signer_pem=certificate_pem(foreign).decode()) == "identity.foreign"
     assert refused(signer_pem="nonsense") == "identity.bad-certificate"
+
+
+def test_a_signature_that_is_kept_outlives_its_signers_certificate() -> None:
+    key = new_signing_key()
+    short = AUTHORITY.issue(key.public_key(), Role.SIGNER, "op", lifetime=timedelta(seconds=-1))
+    statement = proposal_statement("d" * 64, "op")
+    signed = (statement, sign(key, statement), certificate_pem(short).decode())
+    check_signed(*signed, AUTHORITY.certificate, name="op", kept=True)
+    assert code_of(check_signed, *signed, AUTHORITY.certificate, name="op") == "identity.expired"
+    assert (
+        code_of(check_signed, *signed, AUTHORITY.certificate, name="other", kept=True)
+        == "identity.bad-signature"
+    )
 
 
 def test_a_certificate_file_that_is_missing_or_none_is_named(tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def test_only_this_consortium_s_witness_is_believed(house: House) -> None:
         (other, key, Role.WITNESS, "aggregator", "identity.foreign"),
         (ours, key, Role.SIGNER, "aggregator", "identity.bad-certificate"),
         (ours, key, Role.WITNESS, "somebody", "identity.bad-certificate"),
-        (ours, tls, Role.WITNESS, "aggregator", "identity.bad-certificate"),
+        (ours, tls, Role.WITNESS, "aggregator", "identity.weak-key"),
     ):
         pem = certificate_pem(authority.issue(public, role, name)).decode()
 

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from egress_samples import NODE, RUN, Question, plain_study
+from flwr.proto.fab_pb2 import Fab, GetFabResponse
 from site_samples import JoinedSite, joined_site
 
 from consilium_client.executor import Arrivals
 from consilium_client.flower_private import MessageSource
+from consilium_client.flower_private_fleet import make_request, node_key, read_request
 from consilium_client.link import Link
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
+from consilium_common.flower_bundle import bundle, bundle_hash
+from consilium_common.wire.channel import rpc_error
 from consilium_common.wire.methods import ERROR_KEY, FLEET_PATHS, MAX_MESSAGE_BYTES
 
 
@@ -30,12 +35,15 @@ class Aggregator:
         self.trailing = trailing
         self.calls: list[tuple[str, bytes, list[tuple[str, str]]]] = []
 
-    def unary_unary(self, method: str) -> Callable[..., Any]:
+    def unary(self, method: str) -> Callable[..., Any]:
         def invoke(body: bytes, *, metadata: Any = (), timeout: float) -> Call:
             self.calls.append((method, body, list(metadata)))
             return Call(self)
 
         return invoke
+
+    async def explain(self, error: Any) -> ConsiliumError:
+        return rpc_error(error, "aggregator:443")
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -62,6 +70,36 @@ def site(tmp_path: Path) -> JoinedSite:
     return joined_site(tmp_path / "site")
 
 
+QUESTION = Question(plain_study())
+OWN = {"node": {"node_id": NODE}}
+
+
+def know(link: Link) -> None:
+    """Let the link have activated its node and passed on a question."""
+    link._calls.node_id = NODE
+    link._calls.answered("PullMessages", None, QUESTION.response())
+
+
+def honest(site: JoinedSite, call: str) -> bytes:
+    """Return the body with which a SuperNode makes a protocol call."""
+    key = {"public_key": node_key(site.key.public_key())}
+    run = {**OWN, "run_id": RUN}
+    values: dict[str, dict[str, Any]] = {
+        "RegisterNode": key,
+        "ActivateNode": {**key, "heartbeat_interval": 30},
+        "DeactivateNode": {"node_id": NODE},
+        "UnregisterNode": {"node_id": NODE},
+        "SendNodeHeartbeat": {**OWN, "heartbeat_interval": 30},
+        "PullMessages": OWN,
+        "GetRun": run,
+        "GetFab": run,
+        "PullObject": {**run, "object_id": QUESTION.message_id},
+        "ConfirmMessageReceived": {**run, "message_object_id": QUESTION.message_id},
+    }
+    body: bytes = make_request(call, **values[call]).SerializeToString()
+    return body
+
+
 def ask(
     site: JoinedSite,
     path: str,
@@ -77,8 +115,9 @@ def ask(
 
     async def scenario() -> tuple[int, bytes]:
         link = Link(site.home, site.identity, said.append)
-        await link._channel.close()
-        link._channel = aggregator or Aggregator()
+        await link._connection.close()
+        link._connection = aggregator or Aggregator(b"")  # type: ignore[assignment]
+        know(link)
         scope = {
             "type": "http",
             "path": path,
@@ -108,22 +147,36 @@ def ask(
     return (*asyncio.run(scenario()), said)
 
 
-def test_every_fleet_call_but_the_judged_ones_passes_as_it_is(site: JoinedSite) -> None:
+@pytest.mark.parametrize("content", [b"", b"no bundle", bundle() + b"x"])
+def test_code_that_is_not_the_installed_release_never_reaches_the_supernode(
+    site: JoinedSite, content: bytes
+) -> None:
+    answer = GetFabResponse(fab=Fab(hash_str=bundle_hash(), content=content)).SerializeToString()
+    status, body, said = ask(
+        site,
+        f"/v1/fleet/{FLEET_PATHS['GetFab']}",
+        honest(site, "GetFab"),
+        aggregator=Aggregator(answer),
+    )
+    assert (status, body) == (403, b"")
+    assert "run.foreign-bundle" in said[0]
+
+
+def test_every_fleet_call_but_the_judged_ones_passes_as_flower_writes_it(site: JoinedSite) -> None:
     for call, path in FLEET_PATHS.items():
-        if call in ("PushMessages", "PushObject", "ActivateNode", "ConfirmMessageReceived"):
+        if call in ("PushMessages", "PushObject", "ConfirmMessageReceived"):
             continue
-        aggregator = Aggregator()
-        status, body, said = ask(
-            site,
-            f"/v1/fleet/{path}",
-            b"request",
-            aggregator=aggregator,
-            headers={"flwr-public-key": "k", "cookie": "c", "authorization": "a"},
+        own = GetFabResponse(fab=Fab(content=bundle())).SerializeToString()
+        aggregator = Aggregator(own if call == "GetFab" else b"")
+        body = honest(site, call)
+        status, _, said = ask(
+            site, f"/v1/fleet/{path}", body, aggregator=aggregator, headers={"flwr-words": "Doe"}
         )
-        assert (status, body, said) == (200, b"answer", [])
-        assert aggregator.calls == [
-            (f"/flwr.proto.Fleet/{call}", b"request", [("flwr-public-key", "k")])
-        ]
+        assert (status, said) == (200, []), call
+        ((method, sent, headers),) = aggregator.calls
+        assert (method, sent) == (f"/flwr.proto.Fleet/{call}", body)
+        assert "Doe" not in str(headers)
+        assert dict(headers)["flwr-public-key"]
 
 
 @pytest.mark.parametrize(
@@ -165,28 +218,6 @@ def test_what_the_gate_does_not_know_ends_here(site: JoinedSite, path: str, body
     assert "privacy.egress" in said[0]
 
 
-def test_an_announcement_that_passes_has_lost_the_durations(site: JoinedSite) -> None:
-    from flwr.proto.fleet_pb2 import PushMessagesRequest
-    from flwr.proto.message_pb2 import Message, ObjectTree
-    from site_samples import plain_study
-
-    from consilium_client.store import StudyStore
-
-    store = StudyStore(site.home)
-    store.decide(plain_study(), "approved", 20, "")
-    store.permit_outgoing(["o"], plain_study().digest, 0, "train")
-    request = PushMessagesRequest(
-        messages_list=[Message()],
-        message_object_trees=[ObjectTree(object_id="o")],
-        clientapp_runtime_list=[31.4],
-    )
-    aggregator = Aggregator()
-    body = request.SerializeToString()
-    assert ask(site, "/v1/fleet/push-messages", body, aggregator=aggregator)[0] == 200
-    ((_, sent, _),) = aggregator.calls
-    assert list(PushMessagesRequest.FromString(sent).clientapp_runtime_list) == [0.0]
-
-
 def grpc_error(code: str | None) -> Exception:
     """Return what gRPC raises when the aggregator refuses with one of our codes, or is away."""
     from consilium_common.wire.tls13 import grpc
@@ -217,29 +248,43 @@ def test_a_refusal_becomes_the_status_that_makes_flower_do_the_right_thing(
     site: JoinedSite, code: str | None, status: int
 ) -> None:
     aggregator = Aggregator(grpc_error(code))
-    found, _, said = ask(site, "/v1/fleet/get-run", aggregator=aggregator)
+    body = honest(site, "GetRun")
+    found, _, said = ask(site, "/v1/fleet/get-run", body, aggregator=aggregator)
     assert found == status
     assert bool(said) == (status == 401)
 
 
 def test_flowers_own_status_passes_through(site: JoinedSite) -> None:
     aggregator = Aggregator(b"body", consilium_http_status="409")
-    assert ask(site, "/v1/fleet/get-run", aggregator=aggregator)[:2] == (409, b"body")
+    body = honest(site, "GetRun")
+    assert ask(site, "/v1/fleet/get-run", body, aggregator=aggregator)[:2] == (409, b"body")
+
+
+def test_an_answer_that_cannot_be_read_is_a_fault_of_the_aggregator_and_no_refusal(
+    site: JoinedSite,
+) -> None:
+    aggregator = Aggregator(b"\xff\xff")
+    body = honest(site, "PullMessages")
+    status, _, said = ask(site, "/v1/fleet/pull-messages", body, aggregator=aggregator)
+    assert status == 503
+    assert "network.bad-answer" in said[0]
+    assert not site.home.refused.exists()
 
 
 def test_the_node_is_remembered_so_that_it_can_be_freed_after_a_crash(site: JoinedSite) -> None:
     from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
     content = ActivateNodeResponse(node_id=77).SerializeToString()
-    ask(site, "/v1/fleet/activate-node", aggregator=Aggregator(content))
+    body = honest(site, "ActivateNode")
+    ask(site, "/v1/fleet/activate-node", body, aggregator=Aggregator(content))
     assert (site.home.run / "node.json").read_text() == '{"node_id": 77}'
 
     aggregator = Aggregator()
 
     async def scenario() -> None:
         link = Link(site.home, site.identity, print)
-        await link._channel.close()
-        link._channel = aggregator
+        await link._connection.close()
+        link._connection = aggregator
         await link.free_node()
         await link.free_node()  # there is none any more
         await link.close()
@@ -252,8 +297,6 @@ def test_the_node_is_remembered_so_that_it_can_be_freed_after_a_crash(site: Join
 
 
 def test_a_confirmation_is_held_until_the_task_has_replied(site: JoinedSite) -> None:
-    from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
-
     home = site.home
     arrivals = Arrivals(home.wake_socket)
     order: list[str] = []
@@ -263,13 +306,13 @@ def test_a_confirmation_is_held_until_the_task_has_replied(site: JoinedSite) -> 
         order.append("replied")
         home.replied.touch()
 
-    body = ConfirmMessageReceivedRequest(message_object_id="m").SerializeToString()
+    body = honest(site, "ConfirmMessageReceived")
     status, _, _ = ask(site, "/v1/fleet/confirm-message-received", body, meanwhile=reply)
     assert status == 200
     assert order == ["replied"]
     assert arrivals.wait(1)  # the executor heard of it meanwhile
-    assert not arrivals.watch("m")()
-    assert arrivals.watch("other")() is False  # "m" was taken before
+    assert not arrivals.watch(QUESTION.message_id)()
+    assert arrivals.watch("other")() is False  # the question was taken before
 
 
 def test_a_reply_that_was_there_first_holds_nothing_up(site: JoinedSite) -> None:
@@ -279,13 +322,17 @@ def test_a_reply_that_was_there_first_holds_nothing_up(site: JoinedSite) -> None
 
     async def scenario() -> float:
         link = Link(home, site.identity, print)
-        await link._channel.close()
-        link._channel = Aggregator()
-        await link._forward("PullMessages", b"", [])
+        await link._connection.close()
+        link._connection = Aggregator(b"")  # type: ignore[assignment]
+        know(link)
+        await link._protocol_call("PullMessages", make_request("PullMessages", **OWN))
         os.utime(home.replied, ns=(2, 2))  # the task was quicker than the confirmation
         clock = asyncio.get_running_loop().time
         started = clock()
-        await link._forward("ConfirmMessageReceived", b"", [])
+        body = honest(site, "ConfirmMessageReceived")
+        await link._protocol_call(
+            "ConfirmMessageReceived", read_request("ConfirmMessageReceived", body)
+        )
         await link.close()
         return clock() - started
 
@@ -297,12 +344,13 @@ def test_a_call_that_is_held_when_the_site_stops_ends_without_a_traceback(
 ) -> None:
     async def scenario() -> list[int]:
         link = Link(site.home, site.identity, print)
-        await link._channel.close()
-        link._channel = Aggregator()
+        await link._connection.close()
+        link._connection = Aggregator(b"")  # type: ignore[assignment]
+        know(link)
         sent: list[int] = []
 
         async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": b""}
+            return {"type": "http.request", "body": honest(site, "ConfirmMessageReceived")}
 
         async def send(event: dict[str, Any]) -> None:
             if "status" in event:

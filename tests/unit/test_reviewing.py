@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,21 +17,21 @@ from ledger_samples import charge
 from site_samples import NAME, JoinedSite, joined_site, private_study
 from typer.testing import CliRunner
 
-from consilium_client import reviewing
+from consilium_client import deciding, reviewing
 from consilium_client.budget.policy import Policy, default_policy_text
 from consilium_client.cli import app
 from consilium_client.data.manifest import load_manifest
 from consilium_client.data.split import assign_splits, open_patient_key
+from consilium_client.deciding import approve, decline
 from consilium_client.identity import SiteIdentity
+from consilium_client.proposals import Proposal
 from consilium_client.reviewing import (
-    Proposal,
-    approve,
     declared_evaluation_size,
     declared_size,
-    decline,
     review,
 )
 from consilium_client.store import StudyStore
+from consilium_common.console import MODE
 from consilium_common.identity.authority import certificate_pem
 from consilium_common.identity.certificates import Role
 from consilium_common.ledger.store import Ledger
@@ -91,7 +95,8 @@ def aggregator(site: JoinedSite, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ag
     plain = Study.model_validate({**asked("none").to_canonical(), "name": "quiet"})
     known = [Proposal(study, "op", "now", "proposed", None) for study in (asked(), plain)]
     monkeypatch.setattr(SiteIdentity, "caller", caller)
-    monkeypatch.setattr(reviewing, "proposals", lambda _: known)
+    for module in (reviewing, deciding):
+        monkeypatch.setattr(module, "proposals", lambda _: known)
     yield heard
 
 
@@ -209,6 +214,77 @@ def test_a_review_says_all_that_a_person_must_know(site: JoinedSite) -> None:
         "Threat model silo-local",
     ):
         assert part in shown, (part, shown)
+
+
+def test_a_review_says_on_which_cases_and_keeps_the_list_of_the_others_at_the_site(
+    site: JoinedSite, aggregator: Aggregator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = keys(site, "train")[0]
+    with Ledger.open(site.home.ledger, site.signer, site=NAME) as ledger:
+        charge(ledger, event=RUINOUS, members=[spent])
+    monkeypatch.setattr(MODE, "json", True)
+    shown = CliRunner().invoke(app, ["review", "tiny", "--home", str(site.home.path)])
+    data = json.loads(shown.stdout)["data"]
+    trained, tested = len(keys(site, "train")), len(keys(site, "test"))
+    assert data["cases"]["splits"]["train"] == {"patients": trained - 1, "cases": trained - 1}
+    assert data["cases"]["splits"]["test"] == {"patients": tested, "cases": tested}
+    assert list(data["cases"]["left_out"].values()) == [1]
+    listing = Path(data["cases"]["left_out_list"])
+    assert listing.stat().st_mode & 0o077 == 0
+    (row,) = list(csv.DictReader(listing.read_text().splitlines()))
+    assert "privacy budget" in row["why"]
+    assert f'"{row["case_id"]}"' not in shown.stdout
+    assert data["leaves"]["tensors"] > 0
+    assert data["leaves"]["bytes_per_round"] > 0
+    site.home.ledger.unlink()
+    found = review(site.home, site.identity, "tiny", None)
+    assert (found.cases.left_out, found.cases.listing, listing.exists()) == ({}, None, False)
+
+
+@pytest.mark.usefixtures("aggregator")
+def test_a_review_says_what_changed_since_the_version_approved_last(
+    site: JoinedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert review(site.home, site.identity, "tiny", None).change is None
+    approve(site.home, site.identity, review(site.home, site.identity, "tiny", None))
+    changed = asked().to_canonical()
+    changed["federation"]["rounds"] = 4
+    newer = Study.model_validate(changed)
+    known = [Proposal(study, "op", "now", "proposed", None) for study in (asked(), newer)]
+    monkeypatch.setattr(reviewing, "proposals", lambda _: known)
+    found = review(site.home, site.identity, newer.digest, None)
+    assert found.change is not None
+    assert found.change.old == asked()
+    assert [one.key for one in found.change.differences] == ["federation.rounds"]
+    shown = CliRunner().invoke(app, ["review", newer.digest, "--home", str(site.home.path)])
+    for part in (f"Changed against tiny ({asked().digest[:12]})", "federation.rounds: 2 → 4"):
+        assert part in shown.stdout, (part, shown.stdout)
+    assert "ε of the whole study for a training patient" in shown.stdout
+    # The changed study is another one: what was approved before permits nothing of it.
+    with refused("study.not-approved"):
+        StudyStore(site.home).approved(newer.digest)
+    same = review(site.home, site.identity, newer.digest, None, against=newer.digest[:8])
+    assert same.change is not None
+    assert same.change.differences == ()
+    with refused("study.unknown"):
+        review(site.home, site.identity, newer.digest, None, against="nothing")
+
+
+@pytest.mark.usefixtures("aggregator")
+def test_a_study_that_lacks_signatures_is_not_even_opened(
+    site: JoinedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    approval = {"operators": ["op", "al"], "signatures": 2}
+    study = Study.model_validate({**asked().to_canonical(), "approval": approval})
+    one, both = (Proposal(study, "op", "now", "proposed", None, who) for who in ((), ("al",)))
+    monkeypatch.setattr(reviewing, "proposals", lambda _: [one])
+    with refused("study.signatures-missing"):
+        review(site.home, site.identity, "tiny", None)
+    monkeypatch.setattr(reviewing, "proposals", lambda _: [both])
+    found = review(site.home, site.identity, "tiny", None)
+    with refused("study.signatures-missing"):
+        approve(site.home, site.identity, replace(found, proposal=one))
+    approve(site.home, site.identity, found)
 
 
 def test_declared_sizes_are_rounded_and_never_zero() -> None:

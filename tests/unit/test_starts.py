@@ -23,6 +23,8 @@ from consilium_common.wire import methods
 from consilium_common.wire.methods import MAX_MESSAGE_BYTES, OPERATOR_PROPOSE
 from consilium_common.wire.statements import approval_statement, proposal_statement, sign
 from consilium_server import starts
+from consilium_server.home import ServerHome
+from consilium_server.issuing import load_issuer
 from consilium_server.peers import Peer
 from consilium_server.registry import Registry
 from consilium_server.services import services
@@ -136,15 +138,17 @@ class Office:
     """The services over a real registry, without Flower; two members who sign."""
 
     def __init__(self, folder: Path) -> None:
+        home = ServerHome.create(folder)
         self.authority = Authority.create("tests")
-        self.registry = Registry(folder / "registry.db")
-        key = WitnessKey.ensure(folder, self.authority)
+        self.authority.save(home.identity)
+        self.registry = Registry(home.database)
+        key = WitnessKey.ensure(home.identity, self.authority)
         self.services = services(
+            home,
             self.registry,
-            self.authority,
+            load_issuer(home),
             None,  # type: ignore[arg-type]
             Witness(self.registry, key),
-            PublicStarts(folder),
         )
         self.keys = {name: new_signing_key() for name in ("operator", "north")}
         self.peers = {
@@ -162,7 +166,7 @@ class Office:
             serial=name,
             certificate_pem=certificate_pem(certificate).decode(),
             signer_pem=certificate_pem(signer).decode(),
-            node_id=None,
+            node_id="7",
             joined_at=now(),
         )
         with self.registry.transaction() as session:
@@ -244,7 +248,7 @@ def test_scores_are_released_over_at_least_one_declared_patient(office: Office) 
 def test_a_site_is_told_which_studies_run(office: Office) -> None:
     study = plain_study()
     office.propose(study)
-    request = {"session": "s", "version": "1"}
+    request = {"session": "s", "version": "1", "protocol": methods.PROTOCOL}
     assert office.ask("north", methods.SITE_HELLO, request)["running"] == []
     office.registry.set_study_state(study.digest, "running")
     assert office.ask("north", methods.SITE_HELLO, request)["running"] == [study.digest]

@@ -19,8 +19,9 @@ from consilium_common.privacy.accounting import calibrate, epsilon_of, parameter
 from consilium_common.privacy.events import PrivacyEvent
 from consilium_common.study import Study
 from consilium_common.study.check import check
+from consilium_common.study.cost import cost
 from consilium_common.study.load import parse_study, study_from_canonical
-from consilium_common.study.plan import cost, describe
+from consilium_common.study.plan import describe
 from consilium_common.study.statistics import tables
 
 ASKED = TEXT + "statistics:\n  epsilon: 0.5\n  of: [classes, intensity, spacing, size]\n"

@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from egress_samples import NODE, Question, Reply, gate_of
 from round_samples import COHORT_SIZE, NAME, RoundsAtSite, deciding_site, tiny_study
 from statistics_samples import counted_cohort, counting_study
 
 from consilium_client import local_round
 from consilium_client.budget.price import Price
-from consilium_client.egress import EgressGate
 from consilium_client.evidence import egress_rows
 from consilium_client.faults import STATISTICS_POINTS
-from consilium_client.flower_private import Push, object_ids
 from consilium_client.statistics_query import StatisticsQuery
 from consilium_client.store import StudyStore
 from consilium_common.canonical import digest
@@ -243,23 +242,23 @@ def test_statistics_and_training_are_charged_to_the_same_patients(counting: Coun
 # --- the gate ----------------------------------------------------------------------------------
 
 
-def announced(counting: CountingSite, content: Any, kind: str = "query") -> Push:
-    """Register a reply with this content as the executor does, and announce it."""
-    objects = ["a" * 64, *object_ids(content)]
-    StudyStore(counting.site.home).permit_outgoing(objects, STUDY.digest, 0, kind)
-    return Push(b"", tuple(objects), None)
-
-
 def test_the_gate_passes_the_released_statistics_and_no_other_number(
     counting: CountingSite,
 ) -> None:
-    gate = EgressGate(counting.site.home, NAME)
-    query = StatisticsQuery.of(STUDY)
-    assert query is not None
-    before = to_server(None, dict.fromkeys(["size.0"], 1.0))
-    assert code_of(gate.check_message, announced(counting, before)) == "privacy.egress"
+    gate = gate_of(counting.site)
+
+    def judged(content: Any, kind: str = "query") -> str | None:
+        question = Question(STUDY, kind)
+        announced = Reply(question, content).announced()
+        try:
+            gate.judge(question.asked(), announced, NODE)
+        except ConsiliumError as error:
+            return error.code
+        return None
+
+    assert judged(to_server(None, dict.fromkeys(["size.0"], 1.0))) == "privacy.egress"
     figures = counting.count()
-    gate.check_message(announced(counting, to_server(None, figures)))
+    assert judged(to_server(None, figures)) is None
     for content, kind in (
         (to_server(None, {**figures, "size.0": figures["size.0"] + 1e-9}), "query"),
         (to_server(None, {name: v for name, v in figures.items() if name != "size.0"}), "query"),
@@ -267,9 +266,9 @@ def test_the_gate_passes_the_released_statistics_and_no_other_number(
         (to_server(b"weights", None), "query"),
         (to_server(None, figures), "evaluate"),
         (to_server(None, figures), "train"),
-        (to_server(None, figures), "other"),
+        (to_server(None, figures), "query.other"),
     ):
-        assert code_of(gate.check_message, announced(counting, content, kind)) == "privacy.egress"
+        assert judged(content, kind) == "privacy.egress"
     (row,) = egress_rows(counting.site.home)
     assert (row["purpose"], row["sha256"]) == ("statistics", digest(figures))
 

@@ -191,13 +191,6 @@ def test_files_are_for_their_owner_alone(home: SiteHome) -> None:
         assert path.stat().st_mode & 0o077 == 0
 
 
-def test_an_object_may_leave_once_it_was_registered(home: SiteHome) -> None:
-    store = StudyStore(home)
-    assert store.outgoing("o" * 64) is None
-    store.permit_outgoing(["o" * 64, "p" * 64], STUDY.digest, 3, "train")
-    assert StudyStore(home).outgoing("p" * 64) == (STUDY.digest, 3, "train")
-
-
 def test_what_the_aggregator_hears_of_an_error_is_its_code_alone() -> None:
     error = ConsiliumError(
         "data.truncated", "Patient Doe", where="/images/Doe^John.dcm", hint="Ask Dr Roe"

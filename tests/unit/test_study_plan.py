@@ -13,8 +13,9 @@ from consilium_common.models.registry import initial_weights
 from consilium_common.models.weights import pack
 from consilium_common.study.check import check
 from consilium_common.study.comparison import compare
+from consilium_common.study.cost import cost
 from consilium_common.study.load import parse_study
-from consilium_common.study.plan import cost, describe
+from consilium_common.study.plan import describe
 from consilium_common.study.words import size_in_words
 
 pytest.importorskip("consilium_common.privacy.accounting")

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import os
-import socket
-import ssl
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from site_samples import member_credentials
 
 from consilium_common.errors import ConsiliumError
-from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import Role
-from consilium_common.identity.keys import new_tls_key, private_pem
-from consilium_common.processes import free_port
-from consilium_common.wire.channel import Caller
 from consilium_common.wire.messages import (
     FIGURES,
     INSTRUCTIONS,
@@ -42,7 +32,6 @@ from consilium_common.wire.methods import (
     FLEET_CALL_BY_PATH,
     FLEET_PATHS,
     SERVICE_ROLES,
-    SITE_HELLO,
     fleet_method,
 )
 
@@ -137,80 +126,6 @@ def test_grpc_imported_before_the_restriction_is_an_error() -> None:
     )
     assert done.returncode != 0
     assert "before consilium restricted it to TLS 1.3" in done.stderr
-
-
-AUTHORITY = Authority.create("tests")
-
-
-def failed_call(address: str, credentials_of: Authority = AUTHORITY) -> ConsiliumError:
-    """Call something at an address where it must fail."""
-    credentials = member_credentials(credentials_of, Role.SITE, "north")
-    with Caller(address, credentials) as caller, pytest.raises(ConsiliumError) as caught:
-        caller.call(SITE_HELLO, {}, timeout=5)
-    return caught.value
-
-
-def test_an_address_where_nobody_answers_is_named() -> None:
-    address = f"127.0.0.1:{free_port()}"
-    error = failed_call(address)
-    assert (error.code, error.where) == ("network.unreachable", address)
-    assert error.hint
-
-
-def test_a_host_that_has_no_address_is_named() -> None:
-    # The name is reserved: no resolver may ever know it (RFC 6761).
-    assert failed_call("nowhere.invalid:443").code == "network.unknown-host"
-
-
-@contextmanager
-def listening(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Serve connections until the end of the block."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-
-        def serve() -> None:
-            while True:
-                try:
-                    connection, _ = server.accept()
-                except OSError:
-                    return
-                with connection:
-                    try:
-                        answer(connection)
-                    except OSError:
-                        continue
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield f"127.0.0.1:{server.getsockname()[1]}"
-        server.shutdown(socket.SHUT_RDWR)
-    thread.join(timeout=5)
-
-
-def test_a_server_that_speaks_no_tls_is_named() -> None:
-    with listening(lambda connection: connection.sendall(b"SSH-2.0-x\r\n")) as address:
-        assert failed_call(address).code == "network.no-tls"
-
-
-def test_an_aggregator_of_another_consortium_is_an_identity_error(tmp_path: Path) -> None:
-    other, key = Authority.create("elsewhere"), new_tls_key()
-    (tmp_path / "key.pem").write_bytes(private_pem(key))
-    (tmp_path / "server.pem").write_bytes(
-        certificate_pem(other.issue(key.public_key(), Role.SERVER, "aggregator"))
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "server.pem", tmp_path / "key.pem")
-    context.set_alpn_protocols(["h2"])
-
-    def handshake(connection: socket.socket) -> None:
-        with context.wrap_socket(connection, server_side=True) as secured:
-            secured.recv(1)
-
-    with listening(handshake) as address:
-        error = failed_call(address)
-    assert error.code == "identity.wrong-aggregator"
-    assert "do not go on" in error.hint
 
 
 def test_an_error_travels_whole_and_one_of_an_unknown_kind_becomes_internal() -> None:

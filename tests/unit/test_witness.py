@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from consilium_common.ledger.entries import GENESIS, Entry, sign_entry
 from consilium_common.ledger.witness import WitnessRecord
 from consilium_server.home import ServerConfig, ServerHome
 from consilium_server.overview import sites_overview
-from consilium_server.records import site_records, write_records
+from consilium_server.records import log_here, records_here
 from consilium_server.registry import Registry
 from consilium_server.tables import Member, Received, now
 from consilium_server.witness import MAX_HEADS, Witness, WitnessKey
@@ -272,9 +273,7 @@ def test_calls_at_once_give_one_record_each(house: House) -> None:
 # --- records for an auditor --------------------------------------------------------------------
 
 
-def test_a_site_s_records_are_complete_signed_and_never_overwritten(
-    house: House, tmp_path: Path
-) -> None:
+def test_a_site_s_records_are_complete_signed_and_noted(house: House, tmp_path: Path) -> None:
     with house.registry.transaction() as session:
         session.add(member())
     answer = house.ask(heads(LEDGER[:3]))
@@ -290,8 +289,8 @@ def test_a_site_s_records_are_complete_signed_and_never_overwritten(
         )
     )
     path = tmp_path / "north.json"
-    written = write_records(house.home, SITE, path)
-    assert json.loads(path.read_bytes()) == written
+    path.write_bytes(records_here(house.home, SITE))
+    written = json.loads(path.read_bytes())
     content = written["content"]
     assert content["schema"] == "consilium/records/v1"
     assert content["witnessed"] == answer["records"]
@@ -314,14 +313,13 @@ def test_a_site_s_records_are_complete_signed_and_never_overwritten(
     key = check_issued(load_certificate(content["witness_pem"].encode()), authority).public_key
     signature = bytes.fromhex(written["signature"])
     assert verify_signature(key, signature, canonical_json(content))  # type: ignore[arg-type]
-    before = path.read_bytes()
-    with pytest.raises(ConsiliumError) as caught:
-        write_records(house.home, SITE, path)
-    assert caught.value.code == "state.exists"
-    assert path.read_bytes() == before
+    # That they were handed out stands in the audit log, with their digest.
+    (entry,) = json.loads(log_here(house.home))["content"]["entries"]
+    assert (entry["act"], entry["subject"], entry["role"]) == ("records", SITE, "local")
+    assert entry["digest"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_records_of_a_site_that_never_joined_are_an_error(house: House) -> None:
     with pytest.raises(ConsiliumError) as caught:
-        site_records(house.home, "nobody")
+        records_here(house.home, "nobody")
     assert caught.value.code == "identity.unknown"

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from consilium_client.budget.policy_automatic import AutomaticApproval, Part
 from consilium_client.home import SiteHome
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
@@ -34,13 +35,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-class _Part(BaseModel):
-    """Frozen and strict; a misspelt key is an error rather than a default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Budget(_Part):
+class Budget(Part):
     """What one patient may spend over all studies: unit patient, adjacency add or remove one."""
 
     #: Largest ε of one patient, for ever or in any ``period_days``.
@@ -68,7 +63,7 @@ class Budget(_Part):
         return f"over all studies of the last {self.period_days} days"
 
 
-class Policy(_Part):
+class Policy(Part):
     """A site's policy. The site's ledger records each change of it."""
 
     schema_: Annotated[Literal["consilium/policy/v1"], Field(alias="schema")]
@@ -76,7 +71,7 @@ class Policy(_Part):
     #: Largest ε of one study on its own; None: the budget alone decides.
     per_study_epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
     #: Who may add the noise of a private study; an empty list permits no private study.
-    permitted_threat_models: list[ThreatModel] = ["silo-local"]
+    permitted_threat_models: list[ThreatModel] = Field(default=["silo-local"])
     #: Whether studies without differential privacy may train here.
     permit_non_private: bool = False
     #: Fewest patients with which this site takes part.
@@ -88,10 +83,18 @@ class Policy(_Part):
     #: Largest ε of one study's released, noised figures: of its evaluations for a test patient, of
     #: its statistics for a training patient. None: none may be released.
     private_metrics_epsilon: Annotated[float, Field(gt=0, le=100)] | None = DEFAULT_METRICS_EPSILON
+    #: Studies approved without asking a person; None: a person approves every study.
+    approve_automatically: AutomaticApproval | None = None
 
     def to_canonical(self) -> dict[str, Any]:
-        """Return the plain values that the ledger records, every default written out."""
-        return self.model_dump(mode="json", by_alias=True)
+        """Return the plain values that the ledger records, every default written out.
+
+        But for ``approve_automatically``, which came later: a policy without it is the same.
+        """
+        plain = self.model_dump(mode="json", by_alias=True)
+        if plain["approve_automatically"] is None:
+            del plain["approve_automatically"]
+        return plain
 
 
 def default_policy_text(policy: Policy | None = None) -> str:
@@ -140,7 +143,30 @@ release_exact_metrics: {_scalar(chosen.release_exact_metrics)}
 # test patient on evaluation figures, and of each training patient on statistics (nobody is both).
 # null: none may leave. It counts in the budget above like all else.
 private_metrics_epsilon: {_scalar(chosen.private_metrics_epsilon)}
+
+# Studies that this site approves by itself, without asking a person, while it runs. Every bound
+# holds at approval and before every step of training; whatever exceeds one waits for a person.
+# Such a study also keeps to everything above. null: a person approves every study. For example:
+#   approve_automatically:
+#     operators: [operator]          # whose proposals
+#     tasks: [segmentation]          # segmentation, classification
+#     epsilon_per_study: 1.0         # largest epsilon of one study, for every patient
+#     hours: "20:00-06:00"           # by this machine's clock, in quotes; left out: at any hour
+#     days: [monday, tuesday]        # on which these hours begin; left out: every day
+#     gpu_share: 0.5                 # largest share of the GPU's memory
+approve_automatically: {_automatic(chosen.approve_automatically)}
 """
+
+
+def _automatic(rule: AutomaticApproval | None) -> str:
+    # JSON is YAML, but for its exponents: those are written by _scalar.
+    if rule is None:
+        return "null"
+    plain = rule.model_dump(mode="json", exclude_none=True)
+    return "".join(
+        f"\n  {key}: {_scalar(value) if isinstance(value, float) else json.dumps(value)}"
+        for key, value in plain.items()
+    )
 
 
 def write_default_policy(home: SiteHome) -> Path:
@@ -204,11 +230,18 @@ def parse_policy(text: str, *, where: str = "policy.yaml") -> Policy:
                 f"Did you mean `{near[0]}`?" if near else f"Known: {', '.join(_known_keys(path))}."
             )
             raise _invalid(f"there is no key `{key}`", at, hint) from error
+        if path[-1:] == ["hours"]:
+            hint = 'Write them in quotes, like "20:00-06:00".'
+            raise _invalid(f"`{key}` are no hours from and to", at, hint) from error
         raise _invalid(f"`{key}`: {first['msg']}", at, "Correct the value.") from error
 
 
 def _known_keys(path: list[str]) -> list[str]:
-    model: type[BaseModel] = Budget if path[:-1] == ["budget"] else Policy
+    models: dict[str, type[BaseModel]] = {
+        "budget": Budget,
+        "approve_automatically": AutomaticApproval,
+    }
+    model = models.get(path[0], Policy) if len(path) > 1 else Policy
     return [field.alias or name for name, field in model.model_fields.items()]
 
 

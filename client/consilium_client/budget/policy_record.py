@@ -9,6 +9,7 @@ from typing import Any
 from consilium_client.budget.policy import Policy, load_policy
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
+from consilium_common.ledger.entries import Head
 from consilium_common.ledger.store import Ledger
 
 
@@ -50,6 +51,8 @@ class PolicyRecord:
             f"At least {policy.minimal_cohort} patients here, and studies that need at least "
             f"{policy.minimal_sites} sites.",
         ]
+        rule = policy.approve_automatically
+        said += ["A person approves every study."] if rule is None else list(rule.lines())
         if budget.period_days is not None:
             said.append(
                 "With a period the promise holds within the period, not over a lifetime: what "
@@ -75,6 +78,24 @@ def record_current_policy(home: SiteHome, identity: SiteIdentity) -> PolicyRecor
         entry = ledger.record_policy(policy.to_canonical())
     changes = _differences(before or {}, policy.to_canonical()) if entry else {}
     return PolicyRecord(policy, entry is not None, changes, entry.sequence if entry else None)
+
+
+def policy_entry(home: SiteHome, identity: SiteIdentity, policy: Policy) -> Head:
+    """Return the ledger's entry that holds a policy, after recording it where it is new.
+
+    An automatic approval names it, so that whoever reads the approval finds what permitted it.
+
+    Raises
+    ------
+    ConsiliumError
+        Those of opening and writing the ledger.
+    """
+    with Ledger.open(home.ledger, identity.signer(), site=identity.config.name) as ledger:
+        recorded = ledger.record_policy(policy.to_canonical())
+        if recorded is not None:
+            return recorded.head
+        newest = [entry for entry in ledger.entries() if entry.kind == "policy"][-1]
+    return newest.head
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from consilium_client.data.ranges import Range, parse_range
-from consilium_common.study.schema import Name
+from consilium_common.study.strict import Name
 
 #: The name of the single channel of a site that has not named its inputs.
 UNNAMED_INPUT: Final = "image"

@@ -170,8 +170,45 @@ class TrainingSession:
         loss, realised, clip = run_private(learner, mechanism, self._engine, round_index, progress)
         return TrainResult(read_trained(self._network), loss, realised, clip)
 
-    def evaluate(self, weights: Mapping[str, NDArray[np.float32]], split: Split) -> Evaluation:
+    def require_model(self, weights: bytes) -> None:
+        """Raise ``run.bad-update`` for a model that is not exactly this study's."""
+        from consilium_common.models.state import specs_of
+        from consilium_common.models.weights import check_tensors, unpack
+
+        check_tensors(unpack(weights), specs_of(self._network), norm_bound=None)
+
+    def take_at_most(self, share: float) -> None:
+        """Keep to a share of the GPU's memory from here on; on a CPU there is nothing to keep to.
+
+        It bounds what this process allocates through PyTorch; CUDA's own context, some hundred
+        MB, comes on top, and computing time is not bounded. Whoever needs more fails with
+        ``run.out-of-memory`` and takes nothing from others.
+
+        Parameters
+        ----------
+        share : float
+            Above 0, at most 1.
+        """
+        import torch
+
+        device = torch.device(self.compute.device)
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.set_per_process_memory_fraction(share, index)
+
+    def evaluate(
+        self,
+        weights: Mapping[str, NDArray[np.float32]],
+        split: Split,
+        before_case: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
         """Evaluate a model on one split. The figures are exact and so stay at the site.
+
+        Parameters
+        ----------
+        before_case : callable
+            Called before each case (before each batch of images when classifying); what it raises
+            ends the evaluation.
 
         Raises
         ------
@@ -184,10 +221,12 @@ class TrainingSession:
         cases = [case for patient in self._cohort.patients(split) for case in patient.cases]
         classes = self.study.task.classes
         if self.study.task.kind == "segmentation":
-            return evaluate_segmentation(split, classes, self._segmented(cases))
+            segmented = self._segmented(cases, before_case)
+            return evaluate_segmentation(split, classes, segmented)
         probabilities = np.zeros((len(cases), len(classes)))
         truth = np.zeros((len(cases), len(classes)), dtype=bool)
         for start in range(0, len(cases), _IMAGES):
+            before_case()
             part = cases[start : start + _IMAGES]
             probabilities[start : start + len(part)] = self._classified(part)
         for row, case in enumerate(cases):
@@ -240,10 +279,13 @@ class TrainingSession:
             )
         return self._learner
 
-    def _segmented(self, cases: list[Case]) -> Iterator[tuple[str, Array, Array]]:
+    def _segmented(
+        self, cases: list[Case], before_case: Callable[[], None]
+    ) -> Iterator[tuple[str, Array, Array]]:
         from consilium_client.training.inference import segment
 
         for case in cases:
+            before_case()
             prediction = segment(self.study, self._network, self.compute, case.image())
             yield case.case_id, prediction, case.label()
 

@@ -1,4 +1,7 @@
-"""``consilium audit``: commands for the privacy officer; nothing here needs a network or a site."""
+"""``consilium audit``: commands for the privacy officer.
+
+Nothing here needs a network or a site; with --connect, and only then, the aggregator is asked.
+"""
 
 from __future__ import annotations
 
@@ -74,17 +77,28 @@ DeltaOption = Annotated[
     float | None,
     typer.Option(help="δ for the worst patient (default: that of the site's policy)."),
 ]
+#: Unlike elsewhere no variable sets it: an audit leaves this computer only when it is told to.
+ConnectOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--connect",
+        metavar="FOLDER",
+        help="Folder of your identity: ask the aggregator itself, over the network.",
+    ),
+]
 
 
 @app.command()
 @command
 def verify(
     files: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
-            metavar="FILE...", help="Evidence folder, exported .jsonl, or a site's ledger.db."
+            metavar="FILE...",
+            help="Evidence folder, exported .jsonl, a site's ledger.db, or the aggregator's audit"
+            " log (.json).",
         ),
-    ],
+    ] = None,
     *,
     key: Annotated[
         list[Path] | None,
@@ -104,12 +118,33 @@ def verify(
         ),
     ] = None,
     delta: DeltaOption = None,
+    connect: ConnectOption = None,
 ) -> None:
-    """Verify every link, signature and witness, and recompute ε by PLD, PRV and RDP."""
+    """Verify every link, signature and witness, and recompute ε by PLD, PRV and RDP.
+
+    Of an aggregator's audit log every entry and the chain; with --connect its log as it is now.
+    """
+    from consilium_common.audit.acts import is_log
     from consilium_common.audit.evidence import open_evidence
     from consilium_common.audit.ledger_report import ledger_report
     from consilium_common.ledger.entries import Head
 
+    files = files or []
+    if connect is not None or any(is_log(file) for file in files):
+        if len(files) + (connect is not None) > 1:
+            raise ConsiliumError(
+                "usage.log",
+                "An audit log is verified by itself.",
+                hint="Verify ledgers and other logs in commands of their own.",
+            )
+        _verify_log(files[0] if files else None, connect, authority, head or [])
+        return
+    if not files:
+        raise ConsiliumError(
+            "usage.arguments",
+            "There is nothing to verify.",
+            hint="Give an evidence folder, a ledger or an audit log, or --connect FOLDER.",
+        )
     keys: list[Path | None] = [*key] if key else [None]
     if len(keys) == 1:
         keys = keys * len(files)
@@ -182,17 +217,21 @@ def report(
     json_out: Annotated[
         Path | None, typer.Option(metavar="REPORT.json", help="Write the same as JSON, too.")
     ] = None,
+    connect: ConnectOption = None,
 ) -> None:
-    """Write one HTML file with everything that can be recomputed about a site's privacy."""
-    from consilium_common.audit.documents import read_records
+    """Write one HTML file with everything that can be recomputed about a site's privacy.
+
+    With --connect the aggregator's records of the site are fetched from it.
+    """
     from consilium_common.audit.evidence import open_evidence
+    from consilium_common.audit.fetch import records_for
     from consilium_common.audit.privacy_report import audit_report
     from consilium_common.audit.report_page import write_report
 
     opened = open_evidence(
         evidence, key=key, witness=witness, authority=authority, studies=study or ()
     )
-    said = None if records is None else read_records(records, trusted=authority)
+    said = records_for(opened, records, connect, authority)
     found = audit_report(opened, records=said, delta=delta)
     write_report(found, out, json_out)
     result(found.to_dict(), found.summary(out))
@@ -283,8 +322,13 @@ def compare(
         Path, typer.Argument(metavar="A", help="Evidence folder, exported .jsonl or ledger.db.")
     ],
     b: Annotated[
-        Path, typer.Argument(metavar="B", help="The same, or the aggregator's records (.json).")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="B",
+            help="The same, or the aggregator's records (.json); with --connect these are fetched.",
+        ),
+    ] = None,
+    *,
     key: Annotated[
         list[Path] | None,
         typer.Option(
@@ -294,6 +338,7 @@ def compare(
     ] = None,
     witness: WitnessOption = None,
     authority: AuthorityOption = None,
+    connect: ConnectOption = None,
 ) -> None:
     """Compare two ledgers of a site, or a ledger with the aggregator's records; 6 if they differ.
 
@@ -302,7 +347,14 @@ def compare(
     from consilium_common.audit.compare import compare_ledgers, compare_records
     from consilium_common.audit.documents import read_records
     from consilium_common.audit.evidence import open_evidence
+    from consilium_common.audit.fetch import records_for
 
+    if (b is None) is (connect is None):
+        raise ConsiliumError(
+            "usage.compare",
+            "A ledger is compared with one thing.",
+            hint="Give another ledger or the aggregator's records as B, or --connect FOLDER.",
+        )
     keys: list[Path | None] = [*key] if key else [None]
     if len(keys) > 2:
         raise ConsiliumError("usage.keys", f"There are two ledgers and {len(keys)} keys.")
@@ -310,7 +362,12 @@ def compare(
     def opened(path: Path, which: Path | None) -> Evidence:
         return open_evidence(path, key=which, witness=witness, authority=authority)
 
-    if b.suffix == ".json":
+    if b is None:
+        mine = opened(a, keys[0])
+        fetched = records_for(mine, None, connect, authority)
+        assert fetched is not None
+        found = compare_records(mine, fetched)
+    elif b.suffix == ".json":
         found = compare_records(opened(a, keys[0]), read_records(b, trusted=authority))
     elif a.suffix == ".json":
         found = compare_records(opened(b, keys[0]), read_records(a, trusted=authority))
@@ -349,3 +406,27 @@ def export(
 
 def _tool(name: str) -> EntryPoint | None:
     return next(iter(entry_points(group="consilium.audit", name=name)), None)
+
+
+def _verify_log(
+    file: Path | None, connect: Path | None, authority: Path | None, heads: list[str]
+) -> None:
+    """Verify the aggregator's audit log, from a file or from the aggregator."""
+    from consilium_common.audit.acts import read_log
+    from consilium_common.ledger.entries import Head
+
+    if len(heads) > 1:
+        raise ConsiliumError("usage.heads", f"There is one log and {len(heads)} heads.")
+    if file is not None:
+        content, where = file.read_bytes(), str(file)
+    else:
+        from consilium_common.audit.fetch import fetch_log
+        from consilium_common.identity.personal import person
+
+        who = person(connect)
+        authority = authority or who.folder / "authority.pem"
+        with who.caller() as caller:
+            content, where = fetch_log(caller), who.settings.address
+    head = Head.parse(heads[0]) if heads else None
+    report = read_log(content, where=where, trusted=authority, head=head)
+    result({"log": report.to_dict()}, report.print_to)

@@ -103,21 +103,24 @@ def compare_records(ledger: Evidence, records: Records) -> Comparison:
     differences += witness_differences(found.hashes, records.witnessed)
     differences += _attested(found.witnessed, records.witnessed, "the ledger", "the aggregator")
     # The site's own list is compared in its report; here it is the ledger against the records.
-    differences += reconcile(found.state, records=records, studies=ledger.studies).differences
+    differences += reconcile(
+        found.state, records=records, receipts=ledger.receipts, studies=ledger.studies
+    ).differences
     return Comparison(ledger.where, records.path, site, tuple(differences))
 
 
 def check_consortium(evidence: Evidence, records: Records) -> None:
-    """Check that a folder and the aggregator's records name one authority, or raise.
+    """Check that a folder and the aggregator's records are of one consortium, or raise.
 
     Raises
     ------
     ConsiliumError
         ``privacy.evidence-mismatch``.
     """
-    if evidence.authority is None:
+    if evidence.trust is None:
         return
-    if evidence.authority.public_key() != records.authority.public_key():
+    # The consortium's identifier outlives its authorities.
+    if evidence.trust.consortium != records.trust.consortium:
         raise ConsiliumError(
             "privacy.evidence-mismatch",
             "The evidence and the aggregator's records are of two consortia.",

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    from consilium_common.identity.certificates import Certified
+    from consilium_common.identity.certificates import Certified, Trusting
+    from consilium_common.identity.trust import Trust
 
 #: No evidence is larger; a file that is would fill the auditor's memory.
 _LARGEST: Final = 512 * 1024 * 1024
@@ -100,7 +101,7 @@ class Records:
     path: str
     site: str
     written_at: str
-    authority: x509.Certificate
+    trust: Trust
     signer: Certified
     witness: Certified
     witnessed: tuple[WitnessRecord, ...]
@@ -134,17 +135,17 @@ def read_records(path: Path, *, trusted: Path | None = None) -> Records:
         signature does not hold; ``identity.…`` when a certificate is not of the authority named
         there, or of another role.
     """
-    from consilium_common.identity.certificates import Role, load_certificate, read_certificate
+    from consilium_common.identity.certificates import Role
 
     document = read_json(path)
     signed = _parse(_Signed, document, path)
     content = signed.content
     where = str(path)
-    authority = load_certificate(content.authority_pem.encode(), where=where)
-    if trusted is not None and read_certificate(trusted).public_key() != authority.public_key():
+    trust = judging(content.authority_pem.encode(), trusted, where=where)
+    if trust is None:
         raise _broken(path, "their authority is not the one given with --authority")
-    witness = issued(content.witness_pem.encode(), authority, Role.WITNESS, where=where)
-    signer = issued(content.signer_pem.encode(), authority, Role.SIGNER, where=where)
+    witness = issued(content.witness_pem.encode(), trust, Role.WITNESS, where=where)
+    signer = issued(content.signer_pem.encode(), trust, Role.SIGNER, where=where)
     if signer.name != content.site:
         raise _broken(path, "the ledger key in it is another site's")
     key = signing_key(witness)
@@ -168,7 +169,7 @@ def read_records(path: Path, *, trusted: Path | None = None) -> Records:
         path=where,
         site=content.site,
         written_at=content.written_at,
-        authority=authority,
+        trust=trust,
         signer=signer,
         witness=witness,
         witnessed=tuple(witnessed),
@@ -176,7 +177,35 @@ def read_records(path: Path, *, trusted: Path | None = None) -> Records:
     )
 
 
-def issued(pem: bytes, authority: x509.Certificate, role: Any, *, where: str) -> Certified:
+def judging(bundle: bytes, trusted: Path | None, *, where: str) -> Trust | None:
+    """Return the authorities that judge a document's certificates; None: they are not the known.
+
+    Parameters
+    ----------
+    bundle : bytes
+        The authorities that came with the document, PEM.
+    trusted : Path or None
+        Those known from elsewhere: they judge then, and one of theirs must be in the bundle.
+
+    Raises
+    ------
+    ConsiliumError
+        ``identity.bad-certificate`` and others of reading them.
+    """
+    from consilium_common.identity.trust import Trust, key_of
+
+    brought = Trust.load(bundle, where=where)
+    if trusted is None:
+        return brought
+    known = Trust.read(trusted)
+    # Of a document from before a rotation: an authority that was replaced since.
+    ours = {key_of(one) for one in known.authorities + known.former}
+    return known if ours & {key_of(one) for one in brought.authorities} else None
+
+
+def issued(
+    pem: bytes, authority: x509.Certificate | Trusting, role: Any, *, where: str
+) -> Certified:
     """Return the holder of a certificate that ``authority`` issued for ``role``.
 
     Whether it is valid today is not asked: evidence is looked at long after it was made.

@@ -7,14 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from consilium_common.audit.documents import Egress, issued, read_egress, read_json, signing_key
+from consilium_common.audit.documents import (
+    Egress,
+    issued,
+    judging,
+    read_egress,
+    read_json,
+    signing_key,
+)
+from consilium_common.audit.receipts import Receipt, read_receipts_file
 from consilium_common.errors import ConsiliumError
 
 if TYPE_CHECKING:
-    from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     from consilium_common.identity.certificates import Certified
+    from consilium_common.identity.trust import Trust
     from consilium_common.study.schema import Study
 
 LEDGER: Final = "ledger.jsonl"
@@ -23,6 +31,7 @@ SIGNER: Final = "ledger-signer.pem"
 AUTHORITY: Final = "authority.pem"
 WITNESS: Final = "witness.pem"
 EGRESS: Final = "egress.json"
+RECEIPTS: Final = "receipts.jsonl"
 STUDIES: Final = "studies"
 
 
@@ -40,10 +49,13 @@ class Evidence:
         The aggregator's witness key; None where it is not known.
     folder : Path or None
         The evidence folder it came in.
-    authority, signer
-        With a folder: the consortium's authority, and whom it certified for the ledger key.
+    trust, signer
+        With a folder: the consortium's authorities, and whom one certified for the ledger key.
     egress : Egress or None
         What the site says it stored to send.
+    receipts : tuple of Receipt or None
+        Receipts of what left, chain and signatures checked; None in evidence that was made before
+        there were receipts.
     studies : mapping
         Digest to study, as far as the documents are at hand.
     """
@@ -52,9 +64,10 @@ class Evidence:
     key: Ed25519PublicKey
     witness: Ed25519PublicKey | None = None
     folder: Path | None = None
-    authority: x509.Certificate | None = None
+    trust: Trust | None = None
     signer: Certified | None = None
     egress: Egress | None = None
+    receipts: tuple[Receipt, ...] | None = None
     studies: Mapping[str, Study] = field(default_factory=dict)
 
     @property
@@ -92,7 +105,8 @@ def open_evidence(
     ConsiliumError
         ``usage.keys`` (a file without a key), ``privacy.evidence-incomplete``,
         ``privacy.evidence-mismatch`` (parts that contradict each other), ``identity.…`` for
-        keys and certificates, ``privacy.evidence-read`` and ``privacy.evidence-form``.
+        keys and certificates, ``privacy.evidence-read``, ``privacy.evidence-form`` and
+        ``privacy.receipts-broken``.
     """
     known = {study.digest: study for study in map(_study_file, studies)}
     given = None if key is None else read_key(key)
@@ -155,7 +169,7 @@ def _folder(
     trusted: Path | None,
     known: dict[str, Study],
 ) -> Evidence:
-    from consilium_common.identity.certificates import Role, read_certificate
+    from consilium_common.identity.certificates import Role
     from consilium_common.identity.keys import public_fingerprint
 
     for name in (LEDGER, KEY, SIGNER, AUTHORITY):
@@ -169,32 +183,35 @@ def _folder(
     key = read_key(folder / KEY)
     if given is not None and public_fingerprint(given) != public_fingerprint(key):
         raise _mismatch(folder, "its ledger key is not the one given with --key")
-    authority = read_certificate(folder / AUTHORITY)
-    if trusted is not None and read_certificate(trusted).public_key() != authority.public_key():
+    bundle = (folder / AUTHORITY).read_bytes()
+    trust = judging(bundle, trusted, where=str(folder / AUTHORITY))
+    if trust is None:
         raise _mismatch(folder, "its authority is not the one given with --authority")
-    signer = issued(
-        (folder / SIGNER).read_bytes(), authority, Role.SIGNER, where=str(folder / SIGNER)
-    )
+    signer = issued((folder / SIGNER).read_bytes(), trust, Role.SIGNER, where=str(folder / SIGNER))
     if signer.fingerprint != public_fingerprint(key):
         raise _mismatch(folder, f"{SIGNER} certifies another key than {KEY}")
     witness = attests
     if (folder / WITNESS).is_file():
         place = folder / WITNESS
-        holder = issued(place.read_bytes(), authority, Role.WITNESS, where=str(place))
+        holder = issued(place.read_bytes(), trust, Role.WITNESS, where=str(place))
         if attests is not None and public_fingerprint(attests) != holder.fingerprint:
             raise _mismatch(folder, "its witness key is not the one given with --witness")
         witness = signing_key(holder)
     egress = read_egress(folder / EGRESS) if (folder / EGRESS).exists() else None
     if egress is not None and egress.site != signer.name:
         raise _mismatch(folder, f"{EGRESS} is of another site than {SIGNER}")
+    receipts = None
+    if (folder / RECEIPTS).exists():
+        receipts = read_receipts_file(folder / RECEIPTS, key, site=signer.name)
     return Evidence(
         ledger=folder / LEDGER,
         key=key,
         witness=witness,
         folder=folder,
-        authority=authority,
+        trust=trust,
         signer=signer,
         egress=egress,
+        receipts=receipts,
         studies={**known, **_studies(folder)},
     )
 

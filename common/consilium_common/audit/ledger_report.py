@@ -59,6 +59,8 @@ class LedgerReport:
     charges: dict[str, int]
     studies: tuple[StudyCost, ...]
     worst: CrossCheck | None
+    #: Egress receipts whose chain and signatures hold; None where none were handed over.
+    receipts: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for ``--json``."""
@@ -78,6 +80,7 @@ class LedgerReport:
             "adjacency": ADJACENCY,
             "patients": self.patients,
             "charges": self.charges,
+            "receipts": self.receipts,
             "studies": [study.to_dict() for study in self.studies],
             "worst_patient": None if self.worst is None else self.worst.to_dict(),
         }
@@ -95,6 +98,8 @@ class LedgerReport:
             f"  seen {witness_words(self.witnessed, self.entries, checked=self.witness_checked)}",
             markup=False,
         )
+        if self.receipts is not None:
+            console.print(f"  egress receipts: {self.receipts}, chain and signatures hold")
         if self.worst is None:
             console.print("  Nothing was charged.")
             return
@@ -227,6 +232,7 @@ def report_of(evidence: Evidence, found: Audited, *, delta: float | None = None)
         charges=charges,
         studies=studies,
         worst=overall,
+        receipts=None if evidence.receipts is None else len(evidence.receipts),
     )
 
 

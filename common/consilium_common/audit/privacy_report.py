@@ -217,7 +217,11 @@ def _reconciled(evidence: Evidence, found: Audited, records: Records | None) -> 
                 hint="Ask the aggregator for the records of this site.",
             )
     result = reconcile(
-        found.state, egress=evidence.egress, records=records, studies=evidence.studies
+        found.state,
+        egress=evidence.egress,
+        receipts=evidence.receipts,
+        records=records,
+        studies=evidence.studies,
     )
     if records is None:
         return result
@@ -248,14 +252,13 @@ def _budget(state: LedgerState) -> float | None:
 
 
 def _identity(evidence: Evidence) -> Identity:
-    from consilium_common.identity.certificates import consortium_id
     from consilium_common.identity.keys import public_fingerprint
 
-    signer, authority = evidence.signer, evidence.authority
+    signer, trust = evidence.signer, evidence.trust
     valid = "" if signer is None else f"{signer.not_before:%Y-%m-%d} to {signer.not_after:%Y-%m-%d}"
     return Identity(
-        consortium="" if authority is None else consortium_id(authority),
-        authority="" if authority is None else _fingerprint(authority),
+        consortium="" if trust is None else trust.consortium,
+        authority="" if trust is None else _fingerprint(trust.authorities[0]),
         valid=valid,
         witness="" if evidence.witness is None else public_fingerprint(evidence.witness),
     )

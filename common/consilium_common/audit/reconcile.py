@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from consilium_common.audit.documents import Egress, Records, Update
+from consilium_common.audit.receipts import Receipt
 from consilium_common.ledger.state import LedgerState
 from consilium_common.ledger.witness import WitnessRecord
 
@@ -35,14 +36,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """What left, by the ledger, by the site's store and by the aggregator's records.
+    """What left, by the ledger, the site's store, its receipts and the aggregator's records.
 
-    ``stored`` and ``received`` are None where those were not handed over. ``without_privacy``
-    counts what left for studies without differential privacy, which no ledger entry covers.
+    ``stored``, ``receipted`` and ``received`` are None where those were not handed over;
+    ``bytes_out`` is by the receipts, or by the site's list where there are none.
+    ``without_privacy`` counts what left for studies without differential privacy, which no ledger
+    entry covers.
     """
 
     released: int
     stored: int | None
+    receipted: int | None
     received: int | None
     without_privacy: int
     bytes_out: int | None
@@ -71,6 +75,7 @@ def reconcile(
     state: LedgerState,
     *,
     egress: Egress | None = None,
+    receipts: Sequence[Receipt] | None = None,
     records: Records | None = None,
     studies: Mapping[str, Study] | None = None,
 ) -> Reconciliation:
@@ -82,6 +87,8 @@ def reconcile(
         Of a verified ledger.
     egress, records : optional
         The site's list, and the aggregator's.
+    receipts : sequence of Receipt, optional
+        The site's egress receipts, their chain checked.
     studies : mapping, optional
         Documents by digest: one without privacy needs no entry in the ledger.
     """
@@ -93,6 +100,12 @@ def reconcile(
     stored: set[Update] | None = None
     received: set[Update] | None = None
     uncovered: set[Update] = set()
+    receipted = None if receipts is None else {one.release.update for one in receipts}
+    if receipts is not None:
+        uncovered |= {one for one in receipted or () if one.study in open_studies}
+        differences += receipt_differences(
+            state, receipts, egress=egress, records=records, open_studies=open_studies
+        )
     if egress is not None:
         stored = {one.update for one in egress.released}
         uncovered |= {one for one in stored if one.study in open_studies}
@@ -124,23 +137,134 @@ def reconcile(
             )
             for one in sorted(received - released - uncovered)
         ]
-        differences += [
-            Difference(
-                "released-not-received",
-                f"The ledger released {_named(one)}, and the aggregator did not accept it: "
-                "late, lost or refused. It is paid for all the same.",
-                serious=False,
-            )
-            for one in sorted(released - received)
-        ]
+        differences += [_not_received(one, receipted) for one in sorted(released - received)]
     return Reconciliation(
         released=len(released),
         stored=None if stored is None else len(stored),
+        receipted=None if receipted is None else len(receipted),
         received=None if received is None else len(received),
         without_privacy=len(uncovered),
-        bytes_out=None if egress is None else sum(one.bytes for one in egress.released),
+        bytes_out=_bytes_out(egress, receipts),
         differences=tuple(differences),
     )
+
+
+def receipt_differences(
+    state: LedgerState,
+    receipts: Sequence[Receipt],
+    *,
+    egress: Egress | None,
+    records: Records | None,
+    open_studies: Collection[str],
+) -> list[Difference]:
+    """Compare egress receipts with the ledger, the site's store and the aggregator's records.
+
+    Parameters
+    ----------
+    open_studies : collection of str
+        Digests of studies without privacy, as far as their documents are at hand.
+    """
+    found = [
+        Difference("receipt-without-charge", f"{_receipt(one)} {problem}.", serious=True)
+        for one in receipts
+        if (problem := _unpaid(state, one, open_studies))
+    ]
+    by_round = {one.release.update[:3]: one for one in receipts}
+    # A site that is older than receipts has released before its first one.
+    began = receipts[0].time if receipts else ""
+    if egress is not None:
+        stored = {one.update[:3]: one for one in egress.released}
+        for one in receipts:
+            kept = stored.get(one.release.update[:3])
+            if kept is None or (kept.sha256, kept.bytes) != (one.release.sha256, one.release.bytes):
+                has = "does not have it" if kept is None else "has something else for that round"
+                found.append(
+                    Difference(
+                        "receipt-not-stored",
+                        f"{_receipt(one)} is in no store: the site {has}.",
+                        serious=True,
+                    )
+                )
+    if records is None:
+        return found
+    arrived = set()
+    for came in records.received:
+        arrived.add(came.update)
+        receipt = by_round.get(came.update[:3])
+        if receipt is None:
+            early = not began or came.time < began
+            words = "before its first receipt" if early else "and the site has no receipt of it"
+            found.append(
+                Difference(
+                    "received-before-receipts" if early else "received-without-receipt",
+                    f"The aggregator received {_named(came.update)}, {words}.",
+                    serious=not early,
+                )
+            )
+        elif (receipt.release.sha256, receipt.release.bytes) != (came.sha256, came.bytes):
+            found.append(
+                Difference(
+                    "received-other-than-receipt",
+                    f"The aggregator received {_named(came.update)}, {came.bytes} bytes, and "
+                    f"{_receipt(receipt)} is of SHA-256 {receipt.release.sha256[:12]}, "
+                    f"{receipt.release.bytes} bytes.",
+                    serious=True,
+                )
+            )
+    released = released_updates(state)
+    found += [
+        # What the ledger released too is named there, with the receipt.
+        Difference(
+            "receipt-not-received",
+            f"{_receipt(one)} left, and the aggregator did not accept it: late, lost or refused.",
+            serious=False,
+        )
+        for one in receipts
+        if one.release.update not in arrived | released
+    ]
+    return found
+
+
+def _unpaid(state: LedgerState, receipt: Receipt, open_studies: Collection[str]) -> str:
+    """Return what the ledger lacks to cover a receipt; empty when it covers it."""
+    release = receipt.release
+    if release.event is None:
+        return "" if release.study in open_studies else "names no charge"
+    charge = state.charges.get(release.event.sequence)
+    if charge is None or charge.entry.hash != release.event.hash:
+        return f"names entry {release.event.sequence} as its charge, and the ledger has no such one"
+    if (charge.study, charge.purpose, charge.round_index) != release.update[:3]:
+        return f"names entry {release.event.sequence}, the charge of something else"
+    if charge.update != release.sha256:
+        return f"is not what entry {release.event.sequence} was released for"
+    return ""
+
+
+def _not_received(update: Update, receipted: set[Update] | None) -> Difference:
+    how = "late, lost or refused"
+    if receipted is not None:
+        sent = update in receipted
+        how = (
+            "it was sent, by its receipt, and was late, lost or refused"
+            if sent
+            else ("it has no receipt, so it was not sent")
+        )
+    return Difference(
+        "released-not-received",
+        f"The ledger released {_named(update)}, and the aggregator did not accept it: {how}. "
+        "It is paid for all the same.",
+        serious=False,
+    )
+
+
+def _bytes_out(egress: Egress | None, receipts: Sequence[Receipt] | None) -> int | None:
+    if receipts is not None:
+        return sum(one.release.bytes for one in receipts)
+    return None if egress is None else sum(one.bytes for one in egress.released)
+
+
+def _receipt(receipt: Receipt) -> str:
+    return f"Receipt {receipt.sequence}, of {_named(receipt.release.update)},"
 
 
 def witness_differences(

@@ -91,7 +91,7 @@ def _tiles(report: AuditReport) -> list[Tile]:
     tiles.append(Tile("Ledger", "verified", wording.plural(ledger.entries, "signed entry")))
     checked = "signatures checked" if ledger.witness_checked else "signatures not checked"
     tiles.append(Tile("Attested entries", f"{ledger.witnessed} of {ledger.entries}", checked))
-    if found.stored is None and found.received is None:
+    if found.stored is None and found.received is None and found.receipted is None:
         tiles.append(Tile("Egress and ledger", "not compared", "no list was handed over"))
     else:
         count = wording.plural(len(found.differences), "difference")

@@ -28,7 +28,8 @@ from consilium_common.report.content import (
     StudyReport,
 )
 from consilium_common.report.study_report import render_study_report
-from consilium_common.study.plan import cost, sections
+from consilium_common.study.cost import cost
+from consilium_common.study.plan import sections
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,7 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_new
-from consilium_common.identity.certificates import check_issued, load_certificate
+from consilium_common.identity.certificates import MEMBER_ROLES, Role
+from consilium_common.identity.trust import Trust, load_bundle
+from consilium_common.identity.words import fingerprint_words
+
+#: What an invitation can make of its holder.
+InvitedRole = Annotated[str, Field(pattern=f"^({'|'.join(MEMBER_ROLES)})$")]
 
 
 class Invitation(BaseModel):
@@ -27,11 +32,30 @@ class Invitation(BaseModel):
     consortium: str
     address: Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")]
     name: str
-    role: str
+    role: InvitedRole
     expires: datetime
-    authority_pem: str
+    authority_pem: str  #: the consortium's bundle, see :class:`Trust`
+    #: The bootstrap certificate, and after it the enrolment key's where that one issued it.
     certificate_pem: str
     private_key_pem: str
+
+    @property
+    def trust(self) -> Trust:
+        """Whom the holder trusts: the consortium's authorities."""
+        return Trust.load(self.authority_pem.encode())
+
+    @property
+    def authority_words(self) -> str:
+        """Six words of the authority's key, to compare by telephone."""
+        return fingerprint_words(self.trust.authorities[0])
+
+    @property
+    def key(self) -> ec.EllipticCurvePrivateKey:
+        """The bootstrap certificate's key."""
+        key = serialization.load_pem_private_key(self.private_key_pem.encode(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ValueError("not an elliptic-curve key")
+        return key
 
 
 def write_invitation(path: Path, invitation: Invitation) -> None:
@@ -58,12 +82,9 @@ def read_invitation(path: Path, *, now: datetime | None = None) -> Invitation:
         ) from error
     try:
         invitation = Invitation.model_validate(json.loads(content))
-        authority = load_certificate(invitation.authority_pem.encode())
-        certificate = load_certificate(invitation.certificate_pem.encode())
-        key = serialization.load_pem_private_key(invitation.private_key_pem.encode(), None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError("not an elliptic-curve key")
-        if key.public_key() != certificate.public_key():
+        trust = invitation.trust
+        certificate, *chain = load_bundle(invitation.certificate_pem.encode())
+        if invitation.key.public_key() != certificate.public_key():
             raise ValueError("key and certificate do not belong together")
     except (ValidationError, ValueError, ConsiliumError) as error:
         raise ConsiliumError(
@@ -80,5 +101,12 @@ def read_invitation(path: Path, *, now: datetime | None = None) -> Invitation:
             where=str(path),
             hint="Ask the aggregator operator for a new one (`consilium server invite`).",
         )
-    check_issued(certificate, authority, now=now)
+    certified = trust.with_enrolment(*chain).check(certificate, now=now)
+    if certified.role is not Role.INVITATION or certified.name != invitation.name:
+        raise ConsiliumError(
+            "identity.bad-invitation",
+            "The certificate in the invitation is not of this invitation.",
+            where=str(path),
+            hint="Ask the aggregator operator to send it again, as a file.",
+        )
     return invitation

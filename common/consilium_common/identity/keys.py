@@ -26,12 +26,14 @@ def new_signing_key() -> ed25519.Ed25519PrivateKey:
     return ed25519.Ed25519PrivateKey.generate()
 
 
-def private_pem(key: PrivateKey) -> bytes:
-    """Return the key as unencrypted PKCS#8 PEM."""
+def private_pem(key: PrivateKey, passphrase: bytes | None = None) -> bytes:
+    """Return the key as PKCS#8 PEM, encrypted where there is a passphrase."""
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
+        serialization.BestAvailableEncryption(passphrase)
+        if passphrase
+        else serialization.NoEncryption(),
     )
 
 
@@ -59,21 +61,28 @@ def public_fingerprint(key: PublicKey) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
-def save_private(path: Path, key: PrivateKey) -> None:
-    """Write the key durably with mode 0600."""
-    write_atomic(path, private_pem(key), mode=0o600)
+def save_private(path: Path, key: PrivateKey, passphrase: bytes | None = None) -> None:
+    """Write the key durably with mode 0600, encrypted where there is a passphrase."""
+    write_atomic(path, private_pem(key, passphrase), mode=0o600)
 
 
-def load_tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read an EC key; errors as :func:`_load`."""
-    key = _load(path)
+def load_tls_key(path: Path, passphrase: bytes | None = None) -> ec.EllipticCurvePrivateKey:
+    """Read an EC key; ``passphrase`` opens one that is locked.
+
+    Raises
+    ------
+    ConsiliumError
+        ``identity.no-key``, ``identity.key-exposed``, ``identity.bad-key``;
+        ``identity.passphrase-needed`` and ``identity.wrong-passphrase`` for a locked key.
+    """
+    key = _load(path, passphrase)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise _wrong_kind(path, "an elliptic-curve key")
     return key
 
 
 def load_signing_key(path: Path) -> ed25519.Ed25519PrivateKey:
-    """Read an Ed25519 key; errors as :func:`_load`."""
+    """Read an Ed25519 key; errors as :func:`load_tls_key`."""
     key = _load(path)
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise _wrong_kind(path, "an Ed25519 key")
@@ -89,7 +98,15 @@ def verify_signature(key: ed25519.Ed25519PublicKey, signature: bytes, content: b
     return True
 
 
-def _load(path: Path) -> object:
+def is_locked(path: Path) -> bool:
+    """Return whether the file holds a private key under a passphrase."""
+    try:
+        return b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in path.read_bytes()
+    except OSError:
+        return False
+
+
+def _load(path: Path, passphrase: bytes | None = None) -> object:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -106,9 +123,24 @@ def _load(path: Path) -> object:
             where=str(path),
             hint=f"Run `chmod 600 {path}`; if others may have read it, ask for a new identity.",
         )
+    locked = is_locked(path)
+    if locked and not passphrase:
+        raise ConsiliumError(
+            "identity.passphrase-needed",
+            "The private key is under a passphrase, and none was given.",
+            where=str(path),
+            hint="Give it with --passphrase-file, or run this at a terminal.",
+        )
     try:
-        return serialization.load_pem_private_key(content, password=None)
+        return serialization.load_pem_private_key(content, passphrase if locked else None)
     except (ValueError, TypeError) as error:
+        if locked:
+            raise ConsiliumError(
+                "identity.wrong-passphrase",
+                "The passphrase does not open the private key.",
+                where=str(path),
+                hint="Check the passphrase; if it is right, restore the key from your backup.",
+            ) from None
         raise _wrong_kind(path, "a PEM private key") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +18,8 @@ DTYPE: Final = "float32"
 
 #: Largest safetensors header in bytes; a network of a thousand tensors has about 120 kB.
 _MAX_HEADER: Final = 4 * 1024 * 1024
+#: Elements looked at in one go.
+_PIECE: Final = 4 * 1024 * 1024
 
 Array = npt.NDArray[Any]
 
@@ -63,8 +65,11 @@ def pack(tensors: Mapping[str, Array]) -> bytes:
     return blob
 
 
-def packed_size(specs: Iterable[TensorSpec]) -> int:
-    """Return the exact length of :func:`pack` for tensors of these specs, without making them."""
+def packed_header(specs: Iterable[TensorSpec]) -> bytes:
+    """Return the bytes before the elements in :func:`pack` for tensors of these specs.
+
+    They follow from the specs alone: sorted by name, no metadata, no gap.
+    """
     header: dict[str, Any] = {}
     end = 0
     for spec in sorted(specs):
@@ -75,7 +80,33 @@ def packed_size(specs: Iterable[TensorSpec]) -> int:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + math.ceil(len(text) / 8) * 8 + end
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def packed_size(specs: Iterable[TensorSpec]) -> int:
+    """Return the exact length of :func:`pack` for tensors of these specs, without making them."""
+    specs = tuple(specs)
+    return len(packed_header(specs)) + sum(spec.nbytes for spec in specs)
+
+
+def check_packed(blob: bytes, specs: Sequence[TensorSpec]) -> None:
+    """Refuse bytes that are not exactly what :func:`pack` writes for tensors of these specs.
+
+    Raises
+    ------
+    ConsiliumError
+        ``run.bad-update``: another header (names, shapes, dtypes, order, gaps, padding, text),
+        another length, or a value that is not finite (a NaN has room for 22 bits of anything).
+    """
+    header = packed_header(specs)
+    if not blob.startswith(header) or len(blob) != packed_size(specs):
+        raise _bad("The update is not, byte for byte, of the form that the study declares.")
+    elements = np.frombuffer(blob, dtype="<f4", offset=len(header))
+    # In pieces: a mask of all elements would be a quarter of the model once more.
+    for start in range(0, len(elements), _PIECE):
+        if not np.isfinite(elements[start : start + _PIECE]).all():
+            raise _bad("The update has a value that is not finite (NaN or infinity).")
 
 
 def unpack(blob: bytes) -> dict[str, Array]:

@@ -9,9 +9,10 @@ from typing import Any, Final
 from consilium_common.errors import ConsiliumError
 from consilium_common.privacy.events import ADJACENCY, UNIT
 from consilium_common.privacy.noise import noise_to_signal
+from consilium_common.study.cost import Cost, cost
 from consilium_common.study.document import Document, KeyPath
 from consilium_common.study.load import load_document
-from consilium_common.study.plan import Cost, cost, describe
+from consilium_common.study.plan import describe
 from consilium_common.study.problems import raise_problems
 from consilium_common.study.rules import study_problems
 from consilium_common.study.schema import Study

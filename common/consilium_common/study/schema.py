@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from consilium_common.canonical import digest
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
-#: Arguments of registered networks and the like: literals only, validated by their registry.
-Literals = dict[str, Any]
-
-
-class Model(BaseModel):
-    """Frozen, and a misspelt key is an error rather than a default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from consilium_common.study.approval import Approval
+from consilium_common.study.strict import Literals, Model, Name
 
 
 class NumberCovariate(Model):
@@ -62,7 +54,7 @@ class Task(Model):
     covariates: Annotated[
         list[Annotated[NumberCovariate | CategoryCovariate, Field(discriminator="kind")]],
         Field(max_length=32),
-    ] = []
+    ] = Field(default=[])
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -126,7 +118,7 @@ class Network(Model):
     """A network from the registry by name, with literal arguments, and what of it is trained."""
 
     network: Name
-    arguments: Literals = {}
+    arguments: Literals = Field(default={})
     #: Replace batch norm, which patient-level privacy cannot allow, by group norm.
     normalise: bool = False
     #: What is trained, noised and sent; the rest stays as it began. ``adapters`` adds low-rank
@@ -335,6 +327,8 @@ class Study(Model):
     evaluation: Evaluation = Evaluation()
     #: None: nothing is gathered beside what training and evaluation release.
     statistics: Statistics | None = None
+    #: None: the signature of the operator who proposes it is enough.
+    approval: Approval | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -390,8 +384,14 @@ class Study(Model):
             )
 
     def to_canonical(self) -> dict[str, Any]:
-        """Return the plain values that are hashed and signed, every default written out."""
-        return self.model_dump(mode="json", by_alias=True)
+        """Return the plain values that are hashed and signed, every default written out.
+
+        But for ``approval``, which came later: a study without it keeps its digest.
+        """
+        plain = self.model_dump(mode="json", by_alias=True)
+        if plain["approval"] is None:
+            del plain["approval"]
+        return plain
 
     @property
     def digest(self) -> str:

@@ -7,15 +7,15 @@ The aggregator's certificate is checked against the consortium's authority and t
 from __future__ import annotations
 
 import json
-import socket
-import ssl
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.certificates import SERVER_NAME
 from consilium_common.wire.methods import ERROR_KEY, MAX_MESSAGE_BYTES
+from consilium_common.wire.proxy import Proxy
 from consilium_common.wire.tls13 import grpc
 
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
@@ -23,14 +23,19 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.ssl_target_name_override", SERVER_NAME),
     # Keep-alives survive firewalls that drop idle connections after a few minutes.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Without it a ping that is lost in silence counts as such after a minute only.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Reconnect quickly: a round may be waiting.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
-    # Never through a proxy by accident, and never resolved into a service configuration.
+    # The aggregator may have moved: its name is looked up again soon (default: every 30 s).
+    ("grpc.dns_min_time_between_resolutions_ms", 2_000),
+    # Never through a proxy that the environment names by accident (one that was chosen is set by
+    # `channel_target`), and never resolved into a service configuration.
     ("grpc.enable_http_proxy", 0),
     ("grpc.service_config_disable_resolution", 1),
 ]
@@ -42,11 +47,26 @@ class Credentials:
 
     authority: bytes
     certificate: bytes
-    key: bytes
+    key: bytes = field(repr=False)
 
     def for_grpc(self) -> grpc.ChannelCredentials:
         """Return gRPC's form."""
         return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+
+
+def channel_target(address: str, proxy: Proxy | None) -> tuple[str, list[tuple[str, Any]]]:
+    """Return what gRPC connects to and with which options, to reach ``address``."""
+    if proxy is None:
+        return address, CHANNEL_OPTIONS
+    return proxy.address, [*CHANNEL_OPTIONS, *proxy.channel_options(address)]
+
+
+def aio_channel(
+    address: str, credentials: Credentials, proxy: Proxy | None = None
+) -> grpc.aio.Channel:
+    """Open a channel for asynchronous calls; nothing is connected before the first."""
+    target, options = channel_target(address, proxy)
+    return grpc.aio.secure_channel(target, credentials.for_grpc(), options=options)
 
 
 class Caller:
@@ -56,14 +76,24 @@ class Caller:
     ----------
     address : str
         ``host:port`` of the aggregator.
+    credentials : Credentials or callable
+        A callable is asked before each call, so that a renewed certificate is used at once.
+    proxy : Proxy, optional
+        Way out of the hospital's network (default: straight).
     """
 
-    def __init__(self, address: str, credentials: Credentials) -> None:
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials | Callable[[], Credentials],
+        proxy: Proxy | None = None,
+    ) -> None:
         self.address = address
-        self._credentials = credentials
-        self._channel = grpc.secure_channel(
-            address, credentials.for_grpc(), options=CHANNEL_OPTIONS
-        )
+        self._source = credentials if callable(credentials) else lambda: credentials
+        self._proxy = proxy
+        self._credentials = self._source()
+        self._channel = self._open()
+        self._closed = False
 
     def call(self, method: str, request: dict[str, Any], *, timeout: float = 20.0) -> Any:
         """Call ``method``; ``timeout`` in seconds.
@@ -73,14 +103,18 @@ class Caller:
         ConsiliumError
             What the aggregator refused, or ``network.*`` when it could not be reached.
         """
+        self._follow()
         invoke = self._channel.unary_unary(method)
         try:
             return json.loads(invoke(canonical_json(request), timeout=timeout))
         except grpc.RpcError as error:
-            raise rpc_error(error, self.address, self._credentials) from None
+            raise rpc_error(
+                error, self.address, self._credentials, self._proxy, method=method
+            ) from None
 
     def close(self) -> None:
-        """Close the channel."""
+        """Close the channel, and for good: another thread's call ends at once."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> Caller:
@@ -89,15 +123,46 @@ class Caller:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _follow(self) -> None:
+        now = self._source()
+        if now == self._credentials or self._closed:
+            return
+        before, self._credentials = self._channel, now
+        self._channel = self._open()
+        before.close()
+        if self._closed:  # meanwhile, by another thread
+            self._channel.close()
 
-def rpc_error(error: Any, address: str, credentials: Credentials | None = None) -> ConsiliumError:
-    """Translate a gRPC failure into the one error that says what to do."""
+    def _open(self) -> grpc.Channel:
+        target, options = channel_target(self.address, self._proxy)
+        return grpc.secure_channel(target, self._credentials.for_grpc(), options=options)
+
+
+def rpc_error(
+    error: Any,
+    address: str,
+    credentials: Credentials | None = None,
+    proxy: Proxy | None = None,
+    *,
+    method: str = "",
+) -> ConsiliumError:
+    """Translate a gRPC failure into the one error that says what to do.
+
+    Where gRPC says no more than that the aggregator is unavailable, and where the aggregator says
+    no more than that it refuses the certificate, the cause is looked for from here.
+    """
+    from consilium_common.wire.unavailable import no_way, why_refused, why_unavailable
+
     for key, value in error.trailing_metadata() or ():
         if key == ERROR_KEY:
-            return ConsiliumError.from_dict(json.loads(value))
+            said = ConsiliumError.from_dict(json.loads(value))
+            if said.code == "identity.refused" and credentials is not None:
+                return why_refused(address, credentials, method)
+            return said
     code = error.code()
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return ConsiliumError(
+        # Where packets vanish on the way, gRPC's time is up before it says so.
+        return no_way(address, proxy) or ConsiliumError(
             "network.timeout",
             "The aggregator did not answer in time.",
             where=address,
@@ -111,55 +176,5 @@ def rpc_error(error: Any, address: str, credentials: Credentials | None = None) 
             hint="Site and aggregator run versions that do not fit; update the older one.",
         )
     if code == grpc.StatusCode.UNAVAILABLE:
-        return _why_unavailable(address, credentials)
+        return why_unavailable(address, credentials, proxy)
     return ConsiliumError("network.failed", f"The call failed ({code.name}).", where=address)
-
-
-def _why_unavailable(address: str, credentials: Credentials | None) -> ConsiliumError:
-    """Find out what gRPC folds into one word: nobody there, wrong aggregator, or refused."""
-    host, _, port = address.rpartition(":")
-    try:
-        raw = socket.create_connection((host.strip("[]"), int(port)), timeout=5)
-    except socket.gaierror:
-        return ConsiliumError(
-            "network.unknown-host",
-            "The aggregator's host name cannot be resolved.",
-            where=address,
-            hint="Check the address in the invitation and this machine's DNS.",
-        )
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or "no connection"
-        return ConsiliumError(
-            "network.unreachable",
-            f"Nobody answers at the aggregator's address: {reason}.",
-            where=address,
-            hint="Check that the aggregator runs and that your firewall lets this port out.",
-        )
-    if credentials is None:
-        raw.close()
-        return ConsiliumError(
-            "network.unavailable", "The aggregator is unavailable.", where=address
-        )
-    context = ssl.create_default_context(cadata=credentials.authority.decode())
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.set_alpn_protocols(["h2"])
-    try:
-        with raw, context.wrap_socket(raw, server_hostname=SERVER_NAME):
-            pass
-    except ssl.SSLCertVerificationError:
-        return ConsiliumError(
-            "identity.wrong-aggregator",
-            "The aggregator at this address belongs to another consortium.",
-            where=address,
-            hint="Check the address; do not go on if you did not expect this.",
-        )
-    except (OSError, ssl.SSLError):
-        return ConsiliumError(
-            "network.no-tls", "What answers at this address speaks no TLS 1.3.", where=address
-        )
-    return ConsiliumError(
-        "identity.refused",
-        "The aggregator refuses this certificate.",
-        where=address,
-        hint="It may be revoked, expired or of another consortium; ask the aggregator operator.",
-    )

@@ -5,8 +5,11 @@ Anything that stands in neither table does not exist: the gateway has no handler
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
+from consilium_common import __version__
+from consilium_common.errors import ConsiliumError
 from consilium_common.identity.certificates import Role
 
 #: Flower's Fleet calls, and the path under which SuperNode and SuperLink speak each over HTTPS.
@@ -30,33 +33,80 @@ FLEET_SERVICE: Final = "flwr.proto.Fleet"
 FLEET_CALL_BY_PATH: Final[dict[str, str]] = {path: call for call, path in FLEET_PATHS.items()}
 
 ENROL: Final = "/consilium.v1.Enrolment/Enrol"
+MEMBER_RENEW: Final = "/consilium.v1.Member/Renew"
+MEMBER_TRUST: Final = "/consilium.v1.Member/Trust"
+MEMBER_PROBE: Final = "/consilium.v1.Member/Probe"
 SITE_HELLO: Final = "/consilium.v1.Site/Hello"
 SITE_STUDIES: Final = "/consilium.v1.Site/Studies"
 SITE_DECIDE: Final = "/consilium.v1.Site/Decide"
 SITE_PROGRESS: Final = "/consilium.v1.Site/Progress"
 SITE_WITNESS: Final = "/consilium.v1.Site/Witness"
 OPERATOR_PROPOSE: Final = "/consilium.v1.Operator/Propose"
+OPERATOR_SIGN: Final = "/consilium.v1.Operator/Sign"
 OPERATOR_STUDIES: Final = "/consilium.v1.Operator/Studies"
 OPERATOR_SHOW: Final = "/consilium.v1.Operator/Show"
 OPERATOR_RUN: Final = "/consilium.v1.Operator/Run"
 OPERATOR_STOP: Final = "/consilium.v1.Operator/Stop"
 OPERATOR_SITES: Final = "/consilium.v1.Operator/Sites"
+OPERATOR_INVITE: Final = "/consilium.v1.Operator/Invite"
+OPERATOR_REVOKE: Final = "/consilium.v1.Operator/Revoke"
+AUDIT_RECORDS: Final = "/consilium.v1.Audit/Records"
+AUDIT_LOG: Final = "/consilium.v1.Audit/Log"
+
+_SITE: Final = frozenset({Role.SITE})
+_OPERATOR: Final = frozenset({Role.OPERATOR})
+#: An auditor reads what an operator reads, and changes nothing.
+_READER: Final = frozenset({Role.OPERATOR, Role.AUDITOR})
+#: Roles that people and sites hold for long; an invitation is none of them.
+MEMBER_ROLES: Final = frozenset({Role.SITE, Role.OPERATOR, Role.AUDITOR})
 
 #: Our own methods and the roles that may call each.
 SERVICE_ROLES: Final[dict[str, frozenset[Role]]] = {
     ENROL: frozenset({Role.INVITATION}),
-    SITE_HELLO: frozenset({Role.SITE}),
-    SITE_STUDIES: frozenset({Role.SITE}),
-    SITE_DECIDE: frozenset({Role.SITE}),
-    SITE_PROGRESS: frozenset({Role.SITE}),
-    SITE_WITNESS: frozenset({Role.SITE}),
-    OPERATOR_PROPOSE: frozenset({Role.OPERATOR}),
-    OPERATOR_STUDIES: frozenset({Role.OPERATOR}),
-    OPERATOR_SHOW: frozenset({Role.OPERATOR}),
-    OPERATOR_RUN: frozenset({Role.OPERATOR}),
-    OPERATOR_STOP: frozenset({Role.OPERATOR}),
-    OPERATOR_SITES: frozenset({Role.OPERATOR}),
+    MEMBER_RENEW: MEMBER_ROLES,
+    MEMBER_TRUST: MEMBER_ROLES,
+    MEMBER_PROBE: MEMBER_ROLES,
+    SITE_HELLO: _SITE,
+    SITE_STUDIES: _SITE,
+    SITE_DECIDE: _SITE,
+    SITE_PROGRESS: _SITE,
+    SITE_WITNESS: _SITE,
+    OPERATOR_PROPOSE: _OPERATOR,
+    OPERATOR_SIGN: _OPERATOR,
+    OPERATOR_STUDIES: _READER,
+    OPERATOR_SHOW: _READER,
+    OPERATOR_RUN: _OPERATOR,
+    OPERATOR_STOP: _OPERATOR,
+    OPERATOR_SITES: _READER,
+    OPERATOR_INVITE: _OPERATOR,
+    OPERATOR_REVOKE: _OPERATOR,
+    AUDIT_RECORDS: _READER,
+    AUDIT_LOG: _READER,
 }
+
+#: Methods that change something for others, or hand out evidence: each call, done or refused,
+#: stands in the aggregator's audit log.
+PRIVILEGED: Final = frozenset(
+    {
+        ENROL,
+        MEMBER_RENEW,
+        SITE_DECIDE,
+        OPERATOR_PROPOSE,
+        OPERATOR_SIGN,
+        OPERATOR_RUN,
+        OPERATOR_STOP,
+        OPERATOR_INVITE,
+        OPERATOR_REVOKE,
+        AUDIT_RECORDS,
+        AUDIT_LOG,
+    }
+)
+
+#: Roles that may make Flower's Fleet calls.
+FLEET_ROLES: Final = _SITE
+
+#: Version of what our own methods say; it changes when one side could misread the other.
+PROTOCOL: Final = 1
 
 #: Media type of Flower's calls over HTTPS.
 PROTOBUF_MEDIA_TYPE: Final = "application/protobuf"
@@ -74,3 +124,38 @@ MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024
 def fleet_method(call: str) -> str:
     """Return the gRPC method path of a Fleet call."""
     return f"/{FLEET_SERVICE}/{call}"
+
+
+def check_protocol(
+    theirs: object, *, release: object = "", who: str = "the other side", here: str = "this side"
+) -> None:
+    """Refuse another version of the protocol, naming both releases and who must update.
+
+    Parameters
+    ----------
+    theirs
+        ``protocol`` as the other side said it; a release before the first version says nothing.
+    release
+        The other side's release, for people.
+    who : str
+        The other side in words: ``"the aggregator"``, ``"site north"``.
+    here : str
+        This side, where the words travel to the other.
+
+    Raises
+    ------
+    ConsiliumError
+        ``network.version``.
+    """
+    if type(theirs) is int and theirs == PROTOCOL:
+        return
+    # A release is said by the other side: only what looks like one is repeated.
+    known = isinstance(release, str) and re.fullmatch(r"[0-9A-Za-z.+-]{1,40}", release)
+    version = theirs if type(theirs) is int else 0
+    older, newer = (who, here) if version < PROTOCOL else (here, who)
+    raise ConsiliumError(
+        "network.version",
+        f"{who[0].upper()}{who[1:]} runs release {release if known else 'unknown'}"
+        f" (protocol {version}); {here} runs {__version__} (protocol {PROTOCOL}).",
+        hint=f"They do not fit. Update {older} to the release of {newer}.",
+    )

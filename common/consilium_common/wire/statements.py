@@ -9,8 +9,13 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
-from consilium_common.identity.certificates import Role, check_issued, load_certificate
+from consilium_common.identity.certificates import (
+    Role,
+    check_issued,
+    load_certificate,
+)
 from consilium_common.identity.keys import verify_signature
+from consilium_common.identity.trust import Trust
 
 
 def proposal_statement(digest: str, operator: str) -> dict[str, Any]:
@@ -67,18 +72,29 @@ def check_signed(
     statement: dict[str, Any],
     signature: str,
     signer_pem: str,
-    authority: x509.Certificate,
+    authority: x509.Certificate | Trust,
     *,
     name: str,
+    kept: bool = False,
 ) -> None:
     """Check that ``name`` of this consortium signed the statement.
+
+    Parameters
+    ----------
+    kept : bool
+        True for what was signed earlier: whoever took it first asked whether the signer's
+        certificate was in force then, and that it has ended or was renewed since takes nothing
+        back. False for what is signed now (default: False).
 
     Raises
     ------
     ConsiliumError
         ``identity.bad-signature``, or what :func:`check_issued` raises for the signer.
     """
-    signer = check_issued(load_certificate(signer_pem.encode()), authority)
+    certificate = load_certificate(signer_pem.encode())
+    signer = check_issued(
+        certificate, authority, now=certificate.not_valid_before_utc if kept else None
+    )
     key = signer.public_key
     try:
         content = bytes.fromhex(signature)
@@ -95,3 +111,8 @@ def check_signed(
             f"The statement was not signed by {name!r}.",
             hint="Do not trust it; ask the person who is said to have made it.",
         )
+
+
+def cosignature_statement(digest: str, operator: str) -> dict[str, Any]:
+    """Return what a further operator signs of a study that needs several signatures."""
+    return {"schema": "consilium/cosignature/v1", "study": digest, "operator": operator}

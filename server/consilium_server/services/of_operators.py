@@ -1,4 +1,4 @@
-"""What an operator may call: studies from proposal to end, and the sites."""
+"""What an operator may call about studies, from proposal to end; auditors may look."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from consilium_common.errors import ConsiliumError
-from consilium_common.identity.authority import Authority
 from consilium_common.study import Study
 from consilium_common.study.load import study_from_canonical
 from consilium_common.wire import methods
 from consilium_common.wire.statements import check_signed, proposal_statement
+from consilium_server.cosigning import require_signatures
 from consilium_server.flower_private import Control
 from consilium_server.gateway import Service
-from consilium_server.overview import sites_overview, study_overview
+from consilium_server.issuing import Issuer
+from consilium_server.overview import study_overview
 from consilium_server.peers import Peer
 from consilium_server.registry import Registry
 from consilium_server.services.fields import text
@@ -28,7 +29,7 @@ class OperatorServices:
     """The handlers, over one registry and one SuperLink."""
 
     registry: Registry
-    authority: Authority
+    issuer: Issuer
     control: Control
     starts: PublicStarts
     meter: SpendMeter = field(default_factory=SpendMeter)
@@ -41,30 +42,35 @@ class OperatorServices:
             methods.OPERATOR_SHOW: self.show,
             methods.OPERATOR_RUN: self.run,
             methods.OPERATOR_STOP: self.stop,
-            methods.OPERATOR_SITES: self.sites,
         }
 
     async def propose(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Take a study that an operator signed; the same study again changes nothing.
 
-        A public start comes before it, in pieces: each a request with ``start`` alone.
+        A public start comes before it, in pieces: each a request with ``start`` alone. ``sites``
+        names those it is proposed to (null: all); proposed again, it is shown to more, never to
+        fewer.
         """
         assert peer.member is not None
         if "start" in request:
             return await asyncio.to_thread(self.starts.take, request["start"])
         study = study_from_canonical(request.get("canonical"))
         self._check_start(study)
+        sites = self._sites(request.get("sites"))
         signature = text(request, "signature")
         check_signed(
             proposal_statement(study.digest, peer.name),
             signature,
             peer.member.signer_pem,
-            self.authority.certificate,
+            self.issuer.trust,
             name=peer.name,
         )
         with self.registry.transaction() as session:
-            known = session.get(StudyRow, study.digest) is not None
-            if not known:
+            row = session.get(StudyRow, study.digest)
+            if row is not None:
+                if row.sites is not None:
+                    row.sites = None if sites is None else sorted({*row.sites, *sites})
+            else:
                 session.add(
                     StudyRow(
                         digest=study.digest,
@@ -74,9 +80,10 @@ class OperatorServices:
                         signature=signature,
                         signer_pem=peer.member.signer_pem,
                         proposed_at=now(),
+                        sites=sites,
                     )
                 )
-        return {"digest": study.digest, "name": study.name, "known": known}
+        return {"digest": study.digest, "name": study.name, "known": row is not None}
 
     async def operator_studies(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Return a line for every study."""
@@ -121,7 +128,7 @@ class OperatorServices:
             raise
         with self.registry.transaction() as session:
             session.get_one(StudyRow, row.digest).flower_run = str(run_id)
-        return {"digest": row.digest, "run": str(run_id)}
+        return {"digest": row.digest, "name": row.name, "run": str(run_id)}
 
     async def stop(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Stop a running study after what is done; it can be run on later."""
@@ -131,11 +138,20 @@ class OperatorServices:
         self.registry.set_study_state(row.digest, "stopped", f"stopped by {peer.name}")
         if row.flower_run is not None:
             await asyncio.to_thread(self.control.stop_run, int(row.flower_run))
-        return {"digest": row.digest, "state": "stopped"}
+        return {"digest": row.digest, "name": row.name, "state": "stopped"}
 
-    async def sites(self, peer: Peer, request: dict[str, Any]) -> Any:
-        """Return every site and how it stands."""
-        return {"sites": sites_overview(self.registry)}
+    def _sites(self, names: object) -> list[str] | None:
+        """Return the sites a study is proposed to: members all of them, or None for all."""
+        if names is None:
+            return None
+        known = {site.name for site in self.registry.sites()}
+        if not isinstance(names, list) or not names or not known.issuperset(names):
+            raise ConsiliumError(
+                "identity.unknown",
+                "The study is proposed to a site that is not a member here.",
+                hint="List them with `consilium server sites`.",
+            )
+        return sorted(set(names))
 
     def _check_start(self, study: Study) -> None:
         start = study.model.start
@@ -154,6 +170,7 @@ class OperatorServices:
                 hint="Propose its file again; sites approve it anew.",
             )
         self._check_start(row.study)
+        require_signatures(self.registry, row)
         quorum = row.study.federation.quorum
         approved = {a.site for a in self.registry.approvals(row.digest) if a.decision == "approved"}
         if len(approved) < quorum:

@@ -8,14 +8,17 @@ from typing import Any
 
 from consilium_common import __version__
 from consilium_common.errors import ConsiliumError
-from consilium_common.identity.authority import Authority
+from consilium_common.identity.certificates import load_certificate
 from consilium_common.wire import methods
 from consilium_common.wire.statements import approval_statement, check_signed
+from consilium_server.cosigning import signature_rows
+from consilium_server.flower_private import Control, node_key_bytes
 from consilium_server.gateway import Service
+from consilium_server.issuing import Issuer
 from consilium_server.peers import Peer
 from consilium_server.registry import Registry
-from consilium_server.services.fields import count, text
-from consilium_server.tables import Approval, Member, Progress, now
+from consilium_server.services.fields import count, number, text
+from consilium_server.tables import Approval, Member, Progress, StudyRow, now
 from consilium_server.witness import Witness
 
 
@@ -24,8 +27,9 @@ class SiteServices:
     """The handlers, over one registry."""
 
     registry: Registry
-    authority: Authority
+    issuer: Issuer
     witness: Witness
+    control: Control
 
     def table(self) -> dict[str, Service]:
         """Return the handler of each method."""
@@ -38,18 +42,50 @@ class SiteServices:
         }
 
     async def hello(self, peer: Peer, request: dict[str, Any]) -> Any:
-        """Note that a site is there; answer with the studies that run now."""
+        """Note that a site is there; answer with what runs now and whether it must renew."""
+        assert peer.member is not None
+        release = text(request, "version")[:40]
+        session_id = text(request, "session")
+        protocol = request.get("protocol")
+        fits = protocol == methods.PROTOCOL
         with self.registry.transaction() as session:
             member = session.get_one(Member, peer.name)
-            member.last_seen = now()
-            member.session = text(request, "session")
-            member.version = text(request, "version")
-        return {"version": __version__, "running": self.registry.running()}
+            # A site whose release does not fit is shown with it, and never counts as online.
+            member.version = release
+            member.address = peer.address
+            if fits:
+                member.last_seen = now()
+                member.session = session_id
+                if "trust" in request:
+                    member.trust = text(request, "trust")[:64]
+        methods.check_protocol(
+            protocol, release=release, who=f"site {peer.name}", here="the aggregator"
+        )
+        if peer.member.node_id is None:
+            # It was certified by a file: Flower does not know its key yet.
+            key = node_key_bytes(peer.certified.public_key)
+            node_id = await asyncio.to_thread(self.control.register_node, key, peer.name)
+            self.registry.set_node(peer.name, node_id)
+        trust = self.issuer.trust
+        return {
+            "version": __version__,
+            "protocol": methods.PROTOCOL,
+            "time": now(),
+            "trust": trust.digest,
+            "renew": self._must_renew(peer.member),
+            "running": [
+                digest
+                for digest in self.registry.running()
+                if self.registry.study(digest).proposed_to(peer.name)
+            ],
+        }
 
     async def site_studies(self, peer: Peer, request: dict[str, Any]) -> Any:
-        """Return every proposal with its signature, and this site's own decision about it."""
+        """Return every study proposed to it with its signatures, and its own decision about it."""
         studies = []
         for row in self.registry.studies():
+            if not row.proposed_to(peer.name):
+                continue
             mine = [a for a in self.registry.approvals(row.digest) if a.site == peer.name]
             studies.append(
                 {
@@ -59,6 +95,7 @@ class SiteServices:
                     "proposed_at": row.proposed_at,
                     "signature": row.signature,
                     "signer_pem": row.signer_pem,
+                    "signatures": signature_rows(self.registry, row.digest),
                     "state": row.state,
                     "decision": mine[0].decision if mine else None,
                 }
@@ -68,7 +105,7 @@ class SiteServices:
     async def decide(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Store a site's signed approval or refusal of a study."""
         assert peer.member is not None
-        row = self.registry.study(text(request, "digest"))
+        row = self._proposed(peer, text(request, "digest"))
         decision = text(request, "decision")
         cohort_size = count(request, "cohort_size")
         evaluation_size = count(request, "evaluation_size")
@@ -95,7 +132,7 @@ class SiteServices:
             ),
             text(request, "signature"),
             peer.member.signer_pem,
-            self.authority.certificate,
+            self.issuer.trust,
             name=peer.name,
         )
         with self.registry.transaction() as session:
@@ -111,19 +148,20 @@ class SiteServices:
                     decided_at=now(),
                 )
             )
-        return {"digest": row.digest, "decision": decision}
+        return {"digest": row.digest, "name": row.name, "decision": decision}
 
     async def progress(self, peer: Peer, request: dict[str, Any]) -> Any:
-        """Keep what a site says about the running round."""
+        """Keep what a site says about the running round of a study that it approved."""
+        digest = self._proposed(peer, text(request, "digest")).digest
         with self.registry.transaction() as session:
             session.merge(
                 Progress(
                     site=peer.name,
-                    digest=text(request, "digest"),
+                    digest=digest,
                     phase=text(request, "phase")[:40],
-                    round=int(request.get("round", 0)),
-                    step=int(request.get("step", 0)),
-                    steps=int(request.get("steps", 0)),
+                    round=number(request, "round"),
+                    step=number(request, "step"),
+                    steps=number(request, "steps"),
                     at=now(),
                 )
             )
@@ -135,3 +173,21 @@ class SiteServices:
         return await asyncio.to_thread(
             self.witness.countersign, peer.name, peer.member.signer_pem, request.get("heads")
         )
+
+    def _proposed(self, peer: Peer, digest: str) -> StudyRow:
+        """Return a study of that whole digest; one that is not proposed to the site is unknown."""
+        with self.registry.transaction() as session:
+            row = session.get(StudyRow, digest)
+        if row is None or not row.proposed_to(peer.name):
+            raise ConsiliumError(
+                "study.unknown",
+                "No such study is proposed to this site.",
+                hint="List them with `consilium site studies`.",
+            )
+        return row
+
+    def _must_renew(self, member: Member) -> bool:
+        """Whether its certificate ends soon, or is of an authority that is no longer in force."""
+        if member.next_serial is not None:
+            return False  # it was renewed; the new one was not used yet
+        return self.issuer.trust.wants_renewal(load_certificate(member.certificate_pem.encode()))

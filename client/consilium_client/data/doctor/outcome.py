@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consilium_client.data.doctor.examination import sorted_findings
 from consilium_client.data.doctor.fixes import apply_fixes
-from consilium_client.data.doctor.site import Part, quick_parts
+from consilium_client.data.doctor.site import Part
 from consilium_client.data.findings import Finding
 from consilium_client.data.importing import (
     DataOutcome,
@@ -78,49 +76,32 @@ def words(home: SiteHome, outcome: DataOutcome, page: Path | None) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Visit:
-    """What the doctor found at a site.
-
-    Parameters
-    ----------
-    parts : tuple of Part
-        In the order they were looked at.
-    fixed : tuple of str
-        What was mended, one line each.
-    error : ConsiliumError, optional
-        That ends the command: the data has errors, or cannot be looked at.
-    """
-
-    parts: tuple[Part, ...]
-    fixed: tuple[str, ...]
-    error: ConsiliumError | None
-
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """All parts' findings, errors first."""
-        return sorted_findings([finding for part in self.parts for finding in part.findings])
-
-
-def visit(
-    home: SiteHome, *, study: Path | None, fix: bool, progress: Progress | None = None
-) -> Visit:
-    """Look at every part of a site; a site without data is looked at all the same.
+def mended(home: SiteHome) -> tuple[str, ...]:
+    """Mend what needs no judgement (`--fix`), and say it, one line each.
 
     Raises
     ------
     ConsiliumError
-        ``state.busy`` where another command writes and something is to be mended.
+        ``state.busy`` where another command writes.
     """
-    fixed: tuple[str, ...] = ()
-    if fix:
-        with writing(home):
-            fixed = apply_fixes(home)
-    parts = quick_parts(home)
+    with writing(home):
+        return apply_fixes(home)
+
+
+def data_part(
+    home: SiteHome, *, study: Path | None, progress: Progress | None = None
+) -> tuple[Part, ConsiliumError | None]:
+    """Check the site's data as one part of it; a site without data has none to check.
+
+    Returns
+    -------
+    (part, error)
+        The error ends the command: the data has errors, or cannot be looked at.
+    """
+    if not (home.data / SITE_FILE).exists():
+        return Part("data", "none imported yet", ()), None
     error: ConsiliumError | None = None
     findings: tuple[Finding, ...]
-    if not (home.data / SITE_FILE).exists():
-        return Visit((*parts, Part("data", "none imported yet", ())), fixed, None)
     try:
         outcome = checked(home, study=study, fix=False, page=None, progress=progress)
         said, findings = words(home, outcome, None).replace("\n", " "), outcome.warnings
@@ -128,4 +109,4 @@ def visit(
         said, findings, error = problems.message, problems.findings, problems
     except ConsiliumError as other:  # the manifest or the patients' key: there is nothing to judge
         said, findings, error = other.message, (Finding.of("", other),), other
-    return Visit((*parts, Part("data", said, findings)), fixed, error)
+    return Part("data", said, findings), error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,12 +36,8 @@ class Part:
     findings: tuple[Finding, ...]
 
 
-def quick_parts(home: SiteHome) -> tuple[Part, ...]:
-    """Look at all parts of the site that need no reading of images."""
-    return tuple(look(home) for look in _PARTS)
-
-
-def _rights(home: SiteHome) -> Part:
+def rights(home: SiteHome) -> Part:
+    """Look who may read the site's folders and keys."""
     found = open_to_others(home)
     findings = tuple(
         Finding(
@@ -58,7 +53,8 @@ def _rights(home: SiteHome) -> Part:
     return Part("rights", said, findings)
 
 
-def _disk(home: SiteHome) -> Part:
+def disk(home: SiteHome) -> Part:
+    """Look at the room on the disk, beside what the cache takes."""
     free, used = shutil.disk_usage(home.path).free, size_of(cache_folder(home))
     said = f"{data_size(free)} free; the cache of images takes {data_size(used)}"
     needed = max(_ROOM, used)
@@ -75,7 +71,8 @@ def _disk(home: SiteHome) -> Part:
     return Part("disk", said, (finding,))
 
 
-def _cache(home: SiteHome) -> Part:
+def cache(home: SiteHome) -> Part:
+    """Look for cases in the cache of images that cannot be read as they were written."""
     damaged = list(damaged_entries(home))
     findings = tuple(
         Finding(
@@ -90,6 +87,3 @@ def _cache(home: SiteHome) -> Part:
     entries = sum(1 for path in (cache_folder(home) / "ingested").glob("*/case.json"))
     said = f"{plural(entries, 'case')}, {len(damaged) or 'none'} damaged"
     return Part("cache", said, findings)
-
-
-_PARTS: Final[tuple[Callable[[SiteHome], Part], ...]] = (_rights, _disk, _cache)

@@ -1,0 +1,252 @@
+"""Half-open connections and slow peers by the hundred: a healthy site's calls go on meanwhile."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import ssl
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+
+from federation import Federation, Running, Site, wait_for
+from raw_wire import (
+    DATA,
+    END_HEADERS,
+    HEADERS,
+    PREFACE,
+    call_headers,
+    client_context,
+    connect,
+    frame,
+    grpc_message,
+    settings,
+)
+
+from consilium_common.errors import ConsiliumError
+from consilium_common.wire.channel import Caller, Credentials
+from consilium_common.wire.methods import MEMBER_PROBE, SITE_STUDIES, fleet_method
+
+HALF_OPEN = 600
+
+
+class OnEveryAddress(Federation):
+    """Its aggregator listens as `server start` does of itself, not on loopback alone."""
+
+    def start(self) -> None:
+        self.running = Running(
+            ["server", "start", "--home", self.home], self.folder / "aggregator.log"
+        )
+        self.running.wait_until_says("listens on")
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    with OnEveryAddress(tmp_path_factory.mktemp("flood")) as running:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(running.join, ("healthy", "hostile")))
+        yield running
+
+
+def credentials(site: Site) -> Credentials:
+    folder = site.home / "identity"
+    return Credentials(
+        (folder / "authority.pem").read_bytes(),
+        (folder / "site.pem").read_bytes(),
+        (folder / "site-key.pem").read_bytes(),
+    )
+
+
+class Healthy:
+    """Asks and sends half a megabyte, again and again, and keeps how long each took."""
+
+    def __init__(self, federation: Federation) -> None:
+        self.seconds: list[float] = []
+        self.problems: list[BaseException] = []
+        self._ended = threading.Event()
+        self._federation = federation
+        self._thread = threading.Thread(target=self._work)
+
+    def __enter__(self) -> Healthy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(60)
+        assert not self.problems, self.problems
+        assert len(self.seconds) >= 3
+
+    def _work(self) -> None:
+        site = self._federation.sites["healthy"]
+        try:
+            with Caller(self._federation.address, credentials(site)) as caller:
+                while not self._ended.is_set():
+                    begin = time.perf_counter()
+                    caller.call(SITE_STUDIES, {})
+                    caller.call(MEMBER_PROBE, {"content": "x" * 500_000})
+                    self.seconds.append(time.perf_counter() - begin)
+                    time.sleep(0.05)
+        except BaseException as problem:
+            self.problems.append(problem)
+
+
+def test_six_hundred_half_open_connections_hold_nobody_up(federation: Federation) -> None:
+    """A third says nothing, a third sends half a greeting, a third sends what is no TLS."""
+    hello = client_hello()
+    assert federation.running is not None
+    with ExitStack() as stack, Healthy(federation) as healthy:
+        opened = []
+        for number in range(HALF_OPEN):
+            raw = stack.enter_context(
+                socket.create_connection(("127.0.0.1", federation.port), timeout=10)
+            )
+            raw.sendall((b"", hello[: len(hello) // 2], b"GET / HTTP/1.1\r\n")[number % 3])
+            opened.append(raw)
+        wait_for(lambda: len(healthy.seconds) >= 10, "ten calls of the healthy site", timeout=60)
+        # None is kept for long: those that never finish the handshake are hung up on.
+        opened[0].settimeout(30)
+        assert opened[0].recv(1) == b""
+        # A new caller gets in, too.
+        with Caller(federation.address, credentials(federation.sites["healthy"])) as another:
+            another.call(SITE_STUDIES, {})
+    print(f"healthy calls: median {statistics.median(healthy.seconds):.3f} s,"
+          f" slowest {max(healthy.seconds):.3f} s")  # fmt: skip
+    assert statistics.median(healthy.seconds) < 5.0
+    assert not federation.running.ended()
+
+
+def test_a_member_that_never_ends_its_calls_fills_only_its_own_places(
+    federation: Federation,
+) -> None:
+    """It opens hundreds of calls whose bodies never come, and reads none of its answers."""
+    context = client_context(federation.sites["hostile"].home / "identity")
+    assert federation.running is not None
+    with ExitStack() as stack, Healthy(federation) as healthy:
+        for _ in range(6):
+            connection = stack.enter_context(connect(federation.port, context))
+            connection.sendall(PREFACE + settings(initial_window_size=0))
+            for stream in range(1, 200, 2):
+                method = (MEMBER_PROBE, fleet_method("PushObject"))[stream // 2 % 2]
+                connection.sendall(
+                    frame(HEADERS, END_HEADERS, stream, call_headers(method))
+                    # A message of 5 MB is announced, and its first byte comes.
+                    + frame(DATA, 0, stream, grpc_message(b"x", length=5_000_000))
+                )
+        wait_for(lambda: len(healthy.seconds) >= 10, "ten calls of the healthy site", timeout=60)
+        assert federation.running is not None
+        wait_for(
+            lambda: "network.too-many" in federation.running.output,  # type: ignore[union-attr]
+            "a refusal for too many calls",
+        )
+    print(f"healthy calls: median {statistics.median(healthy.seconds):.3f} s,"
+          f" slowest {max(healthy.seconds):.3f} s")  # fmt: skip
+    assert statistics.median(healthy.seconds) < 5.0
+
+
+def test_a_path_that_is_no_text_interrupts_for_a_moment_only(federation: Federation) -> None:
+    """gRPC's own server loop ends of such a call: the gateway listens again at once."""
+    context = client_context(federation.sites["hostile"].home / "identity")
+    with Caller(federation.address, credentials(federation.sites["healthy"])) as caller:
+        caller.call(SITE_STUDIES, {})
+        for _ in range(3):
+            with connect(federation.port, context) as connection:
+                bad = call_headers("/x").replace(b"/x", b"\xaa\xff")
+                connection.sendall(PREFACE + settings() + frame(HEADERS, END_HEADERS | 1, 1, bad))
+                time.sleep(0.3)
+
+            def answered() -> bool:
+                try:
+                    return caller.call(SITE_STUDIES, {}, timeout=5) is not None
+                except ConsiliumError:
+                    return False
+
+            begin = time.perf_counter()
+            wait_for(answered, "an answer to the healthy site", timeout=20)
+            print(f"answered again after {time.perf_counter() - begin:.2f} s")
+    assert federation.running is not None
+    assert "gRPC's server ended" in federation.running.output
+    assert not federation.running.ended()
+
+
+def client_hello() -> bytes:
+    """Return what a TLS client says first."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.create_default_context()
+    stream = context.wrap_bio(incoming, outgoing, server_hostname="aggregator.consilium.internal")
+    with pytest.raises(ssl.SSLWantReadError):
+        stream.do_handshake()
+    return outgoing.read()
+
+
+def listening(pids: set[int]) -> set[tuple[str, int]]:
+    """Return the addresses on which these processes accept TCP connections, from the kernel."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                match = re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink()))
+            except OSError:
+                continue
+            if match:
+                inodes.add(match[1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and rest[5] in inodes:
+                address, _, port = local.partition(":")
+                found.add((address, int(port, 16)))
+    return found
+
+
+#: 127.0.0.1 as the kernel writes it, and ::1 likewise.
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
+
+
+def test_only_the_one_port_is_open_to_others(federation: Federation) -> None:
+    """The aggregator listens on every address at its port and on loopback for all else."""
+    assert federation.running is not None
+    found = listening(set(federation.running.processes()))
+    outside = {port for address, port in found if address not in LOOPBACK}
+    assert outside == {federation.port}
+    assert len(found) > 1  # the SuperLink is there, on loopback
+
+
+def test_a_site_listens_on_loopback_alone(federation: Federation) -> None:
+    site = federation.sites["healthy"]
+    site.start()
+    assert site.running is not None
+    found = listening(set(site.running.processes()))
+    assert found
+    assert {address for address, _ in found} <= LOOPBACK
+    site.stop()
+
+
+def test_state_folders_are_private_and_nothing_needs_root(federation: Federation) -> None:
+    for folder in (federation.home, federation.sites["healthy"].home):
+        for path in (folder, *folder.rglob("*")):
+            if path.is_dir():
+                assert path.stat().st_mode & 0o077 == 0 or private_above(path, folder), path
+    assert federation.running is not None
+    for pid in federation.running.processes():
+        assert Path(f"/proc/{pid}").stat().st_uid == os.getuid()
+
+
+def private_above(path: Path, folder: Path) -> bool:
+    """Whether nobody else can reach ``path``, because ``folder`` or one between is closed."""
+    return any(
+        parent.stat().st_mode & 0o077 == 0
+        for parent in path.parents
+        if parent == folder or folder in parent.parents
+    )

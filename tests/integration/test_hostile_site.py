@@ -1,0 +1,305 @@
+"""A hostile member against a real aggregator: it hurts itself, is named, and nobody else is hurt.
+
+It holds a site's own, valid certificate and keys, and speaks the wire by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation import Federation, add_hospitals, small_study, wait_for
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from hostile import Hostile, Refused, Task, give_up
+
+from consilium_common.demo.hospitals import NAMES
+from consilium_common.errors import ConsiliumError
+from consilium_common.identity.keys import new_signing_key
+from consilium_common.ledger.entries import _signed_message
+from consilium_common.models.weights import pack, unpack
+from consilium_common.wire.messages import to_server
+from consilium_common.wire.methods import (
+    SITE_WITNESS,
+)
+
+HONEST, HOSTILE = NAMES[1], NAMES[2]
+#: All that the replies to a site's last four messages may have together, each 64 MiB and a little.
+ALLOWANCE = 4 * (64 + 1) * 1024 * 1024
+
+
+# --- what it does in each round ------------------------------------------------------------------
+
+
+def changed(task: Task, change: Callable[[dict[str, Any]], None]) -> RecordDict:
+    tensors = dict(unpack(task.weights))
+    change(tensors)
+    return to_server(pack(tensors), None)
+
+
+def honestly(hostile: Hostile, task: Task) -> None:
+    hostile.earlier = hostile.send(task, to_server(task.weights, None))
+
+
+def misshaped(hostile: Hostile, task: Task) -> None:
+    def grow(tensors: dict[str, Any]) -> None:
+        name = next(iter(tensors))
+        tensors[name] = np.zeros((*tensors[name].shape, 3), np.float32)
+
+    hostile.send(task, changed(task, grow))
+
+
+def scalars(hostile: Hostile, task: Task) -> None:
+    """One number for each tensor: what is added carelessly is broadcast."""
+
+    def shrink(tensors: dict[str, Any]) -> None:
+        for name in tensors:
+            tensors[name] = np.ones((1,), np.float32)
+
+    hostile.send(task, changed(task, shrink))
+
+
+def further_tensors(hostile: Hostile, task: Task) -> None:
+    hostile.send(task, changed(task, lambda t: t.update(more=np.zeros(1000, np.float32))))
+
+
+def garbage(hostile: Hostile, task: Task) -> None:
+    hostile.send(task, to_server(bytes(range(256)) * 40, None))
+
+
+def another_form(hostile: Hostile, task: Task) -> None:
+    array = Array(dtype="object", shape=(3,), stype="numpy.ndarray", data=b"\x80\x04cos\nsystem\n")
+    records = {"model": ArrayRecord({"weights": array}), "settings": ConfigRecord({"study": "x"})}
+    hostile.send(task, RecordDict({**records, "figures": MetricRecord({"loss": -1e300})}))
+
+
+def replay(hostile: Hostile, task: Task) -> None:
+    """Answer with what it sent two rounds ago, word for word."""
+    old = hostile.earlier
+    assert old is not None
+    with contextlib.suppress(Refused):
+        hostile.push(task, old, hostile.announce(old))
+    give_up(hostile, task)
+
+
+def in_another_name(hostile: Hostile, task: Task) -> None:
+    other = hostile.other
+    reply = hostile.reply(task, to_server(task.weights, None))
+    reply.request.node.node_id = other
+    with pytest.raises(Refused, match=r"^identity\.refused$"):
+        hostile.announce(reply)
+    reply = hostile.reply(task, to_server(task.weights, None))
+    reply.request.messages_list[0].metadata.src_node_id = other
+    with pytest.raises(Refused, match=r"^identity\.refused$"):
+        hostile.announce(reply)
+    give_up(hostile, task)
+
+
+def twice(hostile: Hostile, task: Task) -> None:
+    """Answer, and then answer something else."""
+    hostile.send(task, to_server(task.weights, None))
+    with contextlib.suppress(Refused):
+        hostile.send(task, changed(task, lambda t: t.update({k: -v for k, v in t.items()})))
+
+
+def endless(hostile: Hostile, task: Task) -> None:
+    """Send a reply without end: it stops at what so small a question may have for an answer."""
+    response = hostile.announce(hostile.reply(task, to_server(task.weights, {"loss": 1.0})))
+    sent = 0
+    with pytest.raises(Refused) as caught:
+        while sent < 2 * ALLOWANCE:
+            content = sent.to_bytes(8, "big") + bytes(5_000_000)
+            hostile.fleet(
+                "PushObject",
+                node={"node_id": hostile.node},
+                run_id=task.asked.run_id,
+                object_id=hashlib.sha256(content).hexdigest(),
+                object_content=content,
+                session_id=response.session_id,
+            )
+            sent += len(content)
+    hostile.stopped_at = (sent, caught.value.code)
+
+
+ROUNDS: list[tuple[Callable[[Hostile, Task], None], str]] = [
+    (honestly, ""),
+    (misshaped, "run.bad-update"),
+    (replay, "run.site-failed"),
+    (scalars, "run.bad-update"),
+    (further_tensors, "run.bad-update"),
+    (garbage, "run.bad-update"),
+    (another_form, "run.bad-message"),
+    (in_another_name, "run.site-failed"),
+    (twice, ""),
+    (endless, "no reply before the deadline"),
+]
+
+
+#: The first test waits for the whole besieged study.
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    with Federation(tmp_path_factory.mktemp("hostile")) as running:
+        add_hospitals(running, (HONEST, HOSTILE))
+        running.sites[HOSTILE].stop()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def hostile(consortium: Federation) -> Iterator[Hostile]:
+    with Hostile(consortium, consortium.sites[HOSTILE]) as found:
+        node = json.loads((consortium.sites[HONEST].home / "run" / "node.json").read_text())
+        found.other = node["node_id"]
+        yield found
+
+
+def log_of(consortium: Federation) -> str:
+    assert consortium.running is not None
+    return consortium.running.output
+
+
+@pytest.fixture(scope="module")
+def found(consortium: Federation, hostile: Hostile) -> dict[str, Any]:
+    """A study to its end, in each round of which the hostile member does something else."""
+    federation = {"rounds": len(ROUNDS), "quorum": 1, "deadline_seconds": 40.0}
+    digest = consortium.propose(
+        small_study("besieged", federation=federation, evaluation={"release": "none"})
+    )
+    consortium.approve(digest, HONEST, HOSTILE)
+    consortium.study("run", digest).data  # noqa: B018
+
+    def serve() -> bool:
+        try:
+            task = hostile.task()
+        except Refused:
+            task = None  # the run has ended meanwhile
+        if task is not None and task.kind == "train":
+            ROUNDS[task.round][0](hostile, task)
+        elif task is not None:
+            give_up(hostile, task)
+        return consortium.show(digest)["state"] != "running"
+
+    wait_for(serve, "the study's end", timeout=280)
+    return consortium.show(digest)
+
+
+def test_the_study_finishes_with_every_round_of_the_honest_site(found: dict[str, Any]) -> None:
+    assert found["state"] == "finished", found["reason"]
+    assert [row["number"] for row in found["rounds"]] == list(range(len(ROUNDS)))
+    assert all(HONEST in row["sites"] for row in found["rounds"])
+    assert all(HONEST not in row["dropped"] for row in found["rounds"])
+
+
+@pytest.mark.parametrize("number", range(len(ROUNDS)), ids=lambda n: ROUNDS[n][0].__name__)
+def test_what_a_hostile_site_sends_is_left_out_and_it_is_named(
+    found: dict[str, Any], number: int
+) -> None:
+    row, expected = found["rounds"][number], ROUNDS[number][1]
+    if expected:
+        assert HOSTILE not in row["sites"]
+        assert row["dropped"][HOSTILE].startswith(expected), row["dropped"]
+    else:
+        # The control: what is sound in form is taken, once.
+        assert sorted(row["sites"]) == sorted((HONEST, HOSTILE))
+
+
+def test_a_second_answer_to_one_question_is_never_counted(
+    consortium: Federation, hostile: Hostile, found: dict[str, Any]
+) -> None:
+    with sqlite3.connect(f"file:{consortium.home / 'registry.db'}?mode=ro", uri=True) as database:
+        rows = database.execute(
+            "SELECT round, count(*) FROM received WHERE site = ? AND study = ? GROUP BY round",
+            (HOSTILE, found["digest"]),
+        ).fetchall()
+    assert rows == [(number, 1) for number, (_, expected) in enumerate(ROUNDS) if not expected]
+
+
+def test_a_reply_without_end_stops_at_the_site_s_allowance(
+    hostile: Hostile, found: dict[str, Any]
+) -> None:
+    assert found["state"] == "finished"
+    sent, code = hostile.stopped_at
+    assert sent < ALLOWANCE
+    assert code == "network.too-much"
+
+
+def test_a_reply_in_another_s_name_is_in_the_log(
+    consortium: Federation, found: dict[str, Any]
+) -> None:
+    assert found["state"] == "finished"
+    lines = [line for line in log_of(consortium).splitlines() if "identity.foreign-node" in line]
+    assert lines
+    assert all(f"refused site {HOSTILE} " in line for line in lines)
+
+
+# --- beside the rounds ---------------------------------------------------------------------------
+
+
+def head(hostile: Hostile, sequence: int, entry_hash: str, key: Any = None) -> dict[str, Any]:
+    signature = (key or hostile.signer).sign(_signed_message(entry_hash)).hex()
+    return {"sequence": sequence, "hash": entry_hash, "signature": signature}
+
+
+def witnessed(hostile: Hostile, *heads: dict[str, Any]) -> str:
+    try:
+        hostile.caller.call(SITE_WITNESS, {"heads": list(heads)})
+    except ConsiliumError as error:
+        return error.code
+    return ""
+
+
+def test_forged_and_rewritten_ledger_heads_raise_an_alarm_about_their_site_alone(
+    consortium: Federation, hostile: Hostile
+) -> None:
+    known = hostile.caller.call(SITE_WITNESS, {"heads": []})["known"]
+    assert known >= 0
+    other = "a" * 64
+    assert witnessed(hostile, head(hostile, 0, other, new_signing_key())) == (
+        "privacy.witness-signature"
+    )
+    assert witnessed(hostile, head(hostile, known + 5, other)) == "privacy.witness-gap"
+    assert witnessed(hostile, {"sequence": -1, "hash": other, "signature": "b" * 128}) == (
+        "privacy.witness-form"
+    )
+    assert consortium_alarms(consortium) == {}
+    # Its own key, its own ledger, another history: rolled back and written anew.
+    assert witnessed(hostile, head(hostile, known, other)) == "privacy.witness-conflict"
+    alarms = consortium_alarms(consortium)
+    assert set(alarms) == {HOSTILE}
+    assert [alarm["code"] for alarm in alarms[HOSTILE]] == ["privacy.witness-conflict"]
+    # And what was witnessed stays.
+    assert hostile.caller.call(SITE_WITNESS, {"heads": []})["known"] == known
+
+
+def consortium_alarms(consortium: Federation) -> dict[str, list[dict[str, str]]]:
+    rows = consortium.server("sites").data["sites"]
+    return {row["name"]: row["alarms"] for row in rows if row["alarms"]}
+
+
+def test_it_can_push_no_code_and_reach_no_one_else_s_run(hostile: Hostile) -> None:
+    for name in ("StartRun", "PushFab", "ListNodes"):
+        with pytest.raises(Refused, match="UNIMPLEMENTED"):
+            hostile.call(name, b"")
+    with pytest.raises(Refused):
+        hostile.fleet("GetFab", node={"node_id": hostile.node}, run_id=1, hash_str="f" * 64)
+
+
+def test_the_honest_site_goes_on_as_if_nothing_had_been(
+    consortium: Federation, found: dict[str, Any], tmp_path: Path
+) -> None:
+    assert found["state"] == "finished"
+    digest = consortium.propose(small_study("afterwards", federation={"rounds": 1, "quorum": 1}))
+    consortium.approve(digest, HONEST)
+    consortium.study("run", digest).data  # noqa: B018
+    after = consortium.study("watch", digest).data
+    assert [row["sites"] for row in after["rounds"]] == [[HONEST]]
+    assert consortium.running is not None
+    assert not consortium.running.ended()

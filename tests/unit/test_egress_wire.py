@@ -1,0 +1,194 @@
+"""What leaves is made by the link, from what was asked, stored and charged: no other byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from egress_samples import (
+    NODE,
+    RUN,
+    SERVER,
+    Question,
+    SuperLink,
+    SuperNode,
+    converse,
+    plain_study,
+    private_study,
+    trained,
+    update_of,
+    update_reply,
+    walk,
+)
+from site_samples import JoinedSite, joined_site
+
+from consilium_client.link import Link
+from consilium_client.receipts import receipt_rows
+from consilium_common.wire.messages import to_server
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> JoinedSite:
+    return joined_site(tmp_path / "site")
+
+
+@pytest.mark.parametrize("study", [plain_study(), private_study()], ids=["plain", "private"])
+def test_an_honest_reply_arrives_whole_and_is_made_anew(site: JoinedSite, study: Any) -> None:
+    blob = trained(site, study)
+    question = Question(study)
+    superlink = SuperLink(question)
+    statuses: list[int] = []
+
+    async def talk(node: SuperNode, _: Link) -> None:
+        await node.take(question)
+        statuses.extend(await node.send(update_reply(question, blob)))
+
+    assert converse(site, superlink, talk) == []
+    assert set(statuses) == {200}
+    (request,) = superlink.replies
+    (message,) = request.messages_list
+    metadata = message.metadata
+    assert (metadata.run_id, metadata.src_node_id, metadata.dst_node_id) == (RUN, NODE, SERVER)
+    assert metadata.reply_to_message_id == question.message_id
+    assert (metadata.created_at, metadata.ttl) == (1.9e9, 3600.0)  # the question's, not the clock's
+    assert list(request.clientapp_runtime_list) == [0.0]
+    names = set(walk(request.message_object_trees[0]))
+    assert set(superlink.received) == names
+    for name, content in superlink.received.items():
+        assert hashlib.sha256(content).hexdigest() == name
+    assert metadata.message_id in names
+    (row,) = receipt_rows(site.home.receipts, site.signer.public_key(), "north-clinic", "")
+    assert row["sent"] is True
+    assert row["release"]["sha256"] == hashlib.sha256(blob).hexdigest()
+    assert (row["release"]["event"] is None) == (study.privacy.mode == "none")
+
+
+def test_flower_takes_in_the_reply_that_the_link_makes(site: JoinedSite) -> None:
+    from flwr.app import Message
+
+    study = plain_study()
+    blob = trained(site, study)
+    question = Question(study)
+    superlink = SuperLink(question)
+
+    async def talk(node: SuperNode, _: Link) -> None:
+        await node.take(question)
+        await node.send(update_reply(question, blob))
+
+    converse(site, superlink, talk)
+    (request,) = superlink.replies
+    own = request.messages_list[0].metadata.message_id
+    content = to_server(blob, None)
+    found = Message.inflate(superlink.received[own], {content.object_id: content})
+    assert found.metadata.reply_to_message_id == question.message_id
+
+
+def test_what_was_sent_once_may_be_sent_again_and_has_one_receipt(site: JoinedSite) -> None:
+    study = private_study()
+    blob = trained(site, study)
+    first, second = Question(study), Question(study, created_at=1.9e9 + 5)
+    superlink = SuperLink(first, second)
+
+    async def talk(node: SuperNode, _: Link) -> None:
+        await node.take(first)
+        reply = update_reply(first, blob)
+        await node.post("PushMessages", reply.request.SerializeToString())  # and the line broke
+        assert set(await node.send(reply)) == {200}
+        await node.take(second)
+        assert set(await node.send(update_reply(second, blob))) == {200}
+
+    assert converse(site, superlink, talk) == []
+    assert superlink.replies[0] == superlink.replies[1]
+    assert len(receipt_rows(site.home.receipts, site.signer.public_key(), "north-clinic", "")) == 1
+
+
+def test_a_refused_reply_becomes_an_error_reply_in_our_words_and_is_counted(
+    site: JoinedSite,
+) -> None:
+    study = private_study()
+    trained(site, study)
+    question = Question(study)
+    superlink = SuperLink(question)
+
+    async def talk(node: SuperNode, _: Link) -> None:
+        await node.take(question)
+        reply = update_reply(question, update_of(study, 0.5))
+        assert await node.send(reply) == [403]
+        assert await node.send(reply) == [403]
+
+    said = converse(site, superlink, talk)
+    assert len(said) == 2
+    assert "privacy.egress" in said[0]
+    first, again = superlink.replies
+    assert first == again
+    assert json.loads(first.messages_list[0].error.reason)["code"] == "privacy.egress"
+    assert set(superlink.received) == {first.messages_list[0].metadata.message_id}
+    refused = json.loads(site.home.refused.read_text())
+    assert (refused["count"], refused["call"], refused["code"]) == (
+        2,
+        "PushMessages",
+        "privacy.egress",
+    )
+    assert not receipt_rows(site.home.receipts, site.signer.public_key(), "north-clinic", "")
+
+
+def test_a_site_that_withdraws_in_mid_upload_sends_no_further_object(site: JoinedSite) -> None:
+    from flwr.proto.fleet_pb2 import PushMessagesResponse
+
+    from consilium_client.store import StudyStore
+
+    study = plain_study()
+    blob = trained(site, study)
+    question = Question(study)
+    superlink = SuperLink(question)
+
+    async def talk(node: SuperNode, _: Link) -> None:
+        await node.take(question)
+        reply = update_reply(question, blob)
+        announced = await node.post("PushMessages", reply.request.SerializeToString())
+        response = PushMessagesResponse.FromString(announced.body)
+        StudyStore(site.home).decide(study, "declined", 0, "no")
+        name = response.objects_to_push[-1]
+        pushed = await node.call(
+            "PushObject",
+            node={"node_id": NODE},
+            run_id=RUN,
+            object_id=name,
+            object_content=reply.objects[name],
+            session_id=response.session_id,
+        )
+        assert pushed.status == 403
+
+    converse(site, superlink, talk)
+    assert superlink.received == {}
+    (row,) = receipt_rows(site.home.receipts, site.signer.public_key(), "north-clinic", "")
+    assert row["sent"] is False
+
+
+def test_headers_are_the_links_own(site: JoinedSite) -> None:
+    superlink = SuperLink()
+
+    async def talk(node: SuperNode, link: Link) -> None:
+        from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+        from consilium_client.flower_private_fleet import make_request
+
+        key = public_key_to_bytes(link._key.public_key())
+        body = make_request("ActivateNode", public_key=key, heartbeat_interval=30)
+        headers = {"flwr-signature": "free words", "flwr-package-version": "words", "cookie": "c"}
+        assert (await node.post("ActivateNode", body.SerializeToString(), headers)).status == 200
+
+    converse(site, superlink, talk)
+    ((_, _, metadata),) = superlink.calls
+    assert "words" not in json.dumps(metadata)
+    assert set(metadata) == {
+        "flwr-public-key",
+        "flwr-timestamp",
+        "flwr-signature",
+        "flwr-package-name",
+        "flwr-package-version",
+        "flwr-component-name",
+    }
