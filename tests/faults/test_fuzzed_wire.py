@@ -335,8 +335,12 @@ def test_a_hundred_thousand_frames_crash_nothing_and_leak_nothing(federation: Fe
         f"seed {SEED}: {sum(sent.values())} frames in {seconds:.0f} s {sent};"
         f" gateway grew {gateway.grown() / 1e6:.1f} MB, link {link.grown() / 1e6:.1f} MB;"
         f" healthy calls: median {statistics.median(healthy.seconds):.3f} s,"
-        f" slowest {max(healthy.seconds):.3f} s"
+        f" slowest {max(healthy.seconds):.3f} s, {healthy.interrupted} of {len(healthy.seconds)}"
+        " interrupted"
     )
+    # A path that is no text ends grpcio's serving loop (up to 1.85 at least), and all calls under
+    # way with it; the gateway listens again at once, and what was interrupted is tried again.
+    assert healthy.interrupted <= len(healthy.seconds) / 10
     assert sum(sent.values()) >= 100_000
     assert gateway.grown() < MOST_GROWTH
     assert link.grown() < MOST_GROWTH
