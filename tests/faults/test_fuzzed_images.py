@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import nibabel
@@ -127,7 +128,7 @@ def test_ten_thousand_damaged_files_are_read_or_refused(
     monkeypatch.setenv("PYTHONPATH", str(watch))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     outcomes: Counter[str] = Counter()
-    folders = (cases / f"case-{number}" for number in range(_FILES))
+    folders = (cases / f"case-{number}" for number in count())
 
     def next_folder() -> Path:
         folder = next(folders)
@@ -141,7 +142,17 @@ def test_ten_thousand_damaged_files_are_read_or_refused(
         for _, located in tasks:
             files = [source.files[0] for source in located.images.values() if source.files]
             index_files([path for path in files if path.suffix == ".dcm" and path.parent == work])
+        slow = []
         for number, outcome in read_cases(tasks, next_folder, readers=2, seconds=_LIMIT_SECONDS):
+            if _given_up(outcome):
+                slow.append(tasks[number - first])
+            else:
+                outcomes[_told(number, outcome)] += 1
+        # Other tests run beside this one: what took long is given its time again, by itself.
+        for task in slow:
+            ((number, outcome),) = read_cases(
+                [task], next_folder, readers=1, seconds=_LIMIT_SECONDS
+            )
             outcomes[_told(number, outcome)] += 1
         shutil.rmtree(work)
     assert sum(outcomes.values()) == _FILES
@@ -156,6 +167,10 @@ def test_ten_thousand_damaged_files_are_read_or_refused(
     assert len(outcomes) > 8, outcomes
 
 
+def _given_up(outcome: object) -> bool:
+    return isinstance(outcome, ConsiliumError) and "longer than" in outcome.message
+
+
 def _told(number: int, outcome: object) -> str:
     """Return what became of a file, after checking that it is one of what may become of it."""
     if not isinstance(outcome, ConsiliumError):
@@ -166,7 +181,7 @@ def _told(number: int, outcome: object) -> str:
     assert outcome.code.startswith("data."), f"file {number}: {outcome}"
     assert outcome.message, f"file {number}"
     assert outcome.where, f"file {number}"
-    assert "longer than" not in outcome.message, f"file {number} hangs"
+    assert not _given_up(outcome), f"file {number} hangs"
     return "died" if "died" in outcome.message else outcome.code
 
 
