@@ -37,7 +37,7 @@ integration: $(VENV)/.dev
 
 # The second stage: real studies on real images, through real processes.
 long: $(VENV)/.dev
-	$(RUN) -m pytest tests -m long -n 2
+	$(RUN) -m pytest tests -m long -n 2 --dist loadfile
 
 # Delay, loss, a cut line and a new address, in network namespaces. CONSILIUM_LONG_FAULTS=1 cuts the
 # line for ten minutes in place of twenty seconds.
