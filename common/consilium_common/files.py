@@ -12,7 +12,9 @@ from consilium_common.errors import ConsiliumError
 def private_folder(path: Path) -> Path:
     """Create ``path`` (and parents) readable by its owner alone (0700) and return it."""
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # `parents=True` would make those with the system's mode.
+        for folder in (*reversed([above for above in path.parents if not above.exists()]), path):
+            folder.mkdir(exist_ok=True, mode=0o700)
         path.chmod(0o700)
     except OSError as error:
         raise ConsiliumError(

@@ -113,4 +113,4 @@ class ServerHome:
 
     def study_folder(self, digest: str) -> Path:
         """Checkpoint and model of one study."""
-        return private_folder(private_folder(self.path / "studies") / digest[:16])
+        return private_folder(self.path / "studies" / digest[:16])

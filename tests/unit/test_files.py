@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from consilium_common.errors import ConsiliumError
-from consilium_common.files import write_atomic
+from consilium_common.files import private_folder, write_atomic
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -43,3 +43,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
     assert "No space left" in caught.value.message
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "before"
+
+
+def test_a_private_folder_s_new_parents_are_private_too_and_old_ones_stay(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        private_folder(shared / "a" / "b")
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (shared, shared / "a", shared / "a" / "b")]
+    assert modes == [0o755, 0o700, 0o700]
