@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
 from data_fixtures import write_pairs
+from rich.console import Console
 from typer.testing import CliRunner
 
+from consilium_client.data import terminal
 from consilium_client.data.cli import data_app
 from consilium_common.console import MODE
 from consilium_common.errors import WARNINGS_ONLY
@@ -104,3 +109,20 @@ def test_wrong_calls_are_one_clear_error(
     found, out, err = call(tmp_path, *arguments)
     assert found == status
     assert said in err and "Traceback" not in err and out == ""
+
+
+def test_a_bar_tells_rate_and_time_left_on_a_terminal_and_lines_stay_above_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, highlight=False)
+    monkeypatch.setattr(terminal, "err", lambda: console)
+    with terminal.progress_shown() as (progress, say):
+        for done in range(1, 6):
+            progress("reading", done, 50)
+            time.sleep(0.06)
+        say("4 cases to read")
+    shown = screen.getvalue()
+    assert "reading" in shown and "5/50" in shown and "4 cases to read" in shown
+    assert re.search(r"\d/s", shown), "no rate"
+    assert re.search(r"0:00:\d\d", shown), "no time left"

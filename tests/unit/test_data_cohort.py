@@ -358,3 +358,25 @@ def test_numbers_in_the_label_column_become_classes_by_range(tmp_path: Path) -> 
         "c3": 2,
         "c4": 2,
     }
+
+
+def test_a_label_that_could_be_either_of_two_classes_is_for_a_person(tmp_path: Path) -> None:
+    home = segmented(tmp_path)
+    names = ["background", "liver", "li-ver"]
+    wanted = study(
+        task={"kind": "segmentation", "dimensions": 3, "inputs": ["ct"], "classes": names}
+    )
+    error = refused(home, wanted)
+    assert error.code == "data.class-ambiguous" and "Liver" in error.message
+
+
+def test_all_that_is_kept_of_images_belongs_to_the_site_alone(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        home = segmented(tmp_path)
+        open_cohort(home, study())
+    finally:
+        os.umask(before)
+    folders = [home.data, *(path for path in (home.data / "cache").rglob("*") if path.is_dir())]
+    assert len(folders) > 4
+    assert [path for path in folders if path.stat().st_mode & 0o777 != 0o700] == []

@@ -452,3 +452,20 @@ def test_positions_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConsiliumError) as caught:
             read_series([headers[0], changed, *headers[2:]], "ct")
         assert caught.value.code == "data.geometry"
+
+
+def test_slices_that_do_not_say_where_they_lie_are_not_put_in_file_order(tmp_path: Path) -> None:
+    paths = write_slices(tmp_path / "ct", hounsfield(4, 4, 4))
+    change(paths[2], ImagePositionPatient=None)
+    error = refused(tmp_path / "ct")
+    assert error.code == "data.no-position" and error.where == str(paths[2])
+
+
+@pytest.mark.parametrize(("degrees", "code"), [(44.0, None), (46.0, "data.tilt")])
+def test_a_shear_is_read_up_to_45_degrees(tmp_path: Path, degrees: float, code: str | None) -> None:
+    step = np.array([0.0, np.tan(np.radians(degrees)), 1.0]) * 2.5
+    write_slices(tmp_path / "ct", hounsfield(4, 4, 5), step=step)
+    if code is None:
+        read_series(index_files(files_below(tmp_path / "ct"))[0], "ct")
+    else:
+        assert refused(tmp_path / "ct").code == code

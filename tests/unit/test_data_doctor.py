@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_fixtures import study
+from data_fixtures import home_in, study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ from consilium_client.data.doctor.patients import (
     two_identifiers_findings,
     two_splits_findings,
 )
+from consilium_client.data.doctor.site import disk
 from consilium_client.data.doctor.study_fit import background_findings, unfit_findings
 from consilium_client.data.doctor.values import (
     blank_findings,
@@ -316,6 +318,18 @@ def _codes_in_client() -> set[str]:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found |= set(re.findall(r"^(?:data|deid)\.[a-z-]+$", node.value))
     return found
+
+
+def test_a_disk_that_will_soon_be_full_is_a_warning_and_a_roomy_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = home_in(tmp_path)
+    free = {"free": 2**40}
+    used = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(**free))
+    assert disk(home).findings == ()
+    free["free"] = 2**20
+    assert [finding.code for finding in disk(home).findings] == ["state.disk-low"]
 
 
 def test_every_code_of_a_finding_has_a_rule_and_every_rule_is_used() -> None:
