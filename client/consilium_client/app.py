@@ -11,12 +11,13 @@ from flwr.clientapp import ClientApp
 
 from consilium_client.home import HOME_VARIABLE, SiteHome
 from consilium_client.progress import ProgressFile
+from consilium_client.received import wait_for_model
 from consilium_client.store import StudyStore
 from consilium_client.workers import WorkerPool
 from consilium_common.canonical import canonical_json
 from consilium_common.wire.messages import (
     Instructions,
-    from_server,
+    Reference,
     instructions_of,
     to_server,
 )
@@ -49,18 +50,23 @@ def query(message: Message, context: Context) -> Message:
 
 
 def _do(kind: str, message: Message) -> Message:
-    if kind == "query":
-        instructions, weights = instructions_of(message.content), b""
-    else:
-        instructions, weights = from_server(message.content)
+    instructions = instructions_of(message.content)
     home = SiteHome.existing(Path(os.environ[HOME_VARIABLE]))
+    store = StudyStore(home)
+    # Before anything is waited for: of a study that is not approved no model is fetched.
+    study = store.approved(instructions.study).study
     with ProgressFile(home).during(kind, instructions) as progress:
-        answer = pool().do(kind, instructions, weights, progress)
-    figures = answer.header["figures"]
+        model = None
+        if instructions.model is not None:
+            seconds = study.federation.longest_seconds
+            model = wait_for_model(home, instructions.study, instructions.model, seconds)
+        progress.at_work()
+        answer = pool().do(kind, instructions, model, progress.step)
+    figures = answer["figures"]
     if kind == "evaluate" and figures:
-        figures = _kept(StudyStore(home), instructions, figures)
-    content = to_server(answer.blob if kind == "train" else None, figures)
-    return Message(content=content, reply_to=message)
+        figures = _kept(store, instructions, figures)
+    update = Reference(answer["sha256"], answer["bytes"]) if kind == "train" else None
+    return Message(content=to_server(update, figures), reply_to=message)
 
 
 def _kept(

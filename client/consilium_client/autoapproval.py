@@ -38,7 +38,9 @@ LOOK_SECONDS: Final = 5.0
 #: A study that was refused is looked at again: other charges lapse, data is added.
 _AGAIN_SECONDS: Final = 3600.0
 #: States of a study in which an approval still means something.
-_OPEN_STATES: Final = frozenset({"proposed", "running", "stopped", "failed"})
+_OPEN_STATES: Final = frozenset(
+    {"proposed", "approved", "queued", "running", "paused", "stopped", "failed"}
+)
 
 
 async def approve_for_ever(

@@ -141,6 +141,8 @@ def _print_figures(console: Console, data: dict[str, Any], title: str) -> None:
     from rich.table import Table
 
     what = title or f"after {data['rounds_done']} rounds"
+    if data.get("model") == "personal":
+        what += ", this site's personal model"
     console.print(f"{data['name']}, {what}, {data['cases']} test cases", markup=False)
     if "dice" in data:
         table = Table("class", "Dice", "cases")

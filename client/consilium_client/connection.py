@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from typing import Any
 
 from consilium_client.identity import SiteIdentity
@@ -43,6 +43,18 @@ class Connection:
     def unary(self, method: str) -> Unary:
         """Return what calls ``method``, always on the channel in force at the call."""
         return Unary(self, method)
+
+    @contextlib.asynccontextmanager
+    async def stream(self, method: str) -> AsyncIterator[Any]:
+        """Hold a stream of ``method`` open, on the channel in force when it begins."""
+        line = self.line()
+        line.calls += 1
+        call = line.channel.stream_stream(method)()
+        try:
+            yield call
+        finally:
+            call.cancel()
+            self.release(line)
 
     async def explain(self, error: grpc.aio.AioRpcError) -> ConsiliumError:
         """Return the one error that says why a call failed and what to do; looks at the network."""

@@ -1,4 +1,4 @@
-"""What a study declares that may leave, computed from its document alone.
+"""What a study declares that may leave and come, computed from its document alone.
 
 The link must not ask the process that trains: a network's tensors and the study's privacy events
 are computed in a process of their own, which sees the document and nothing else. The link itself
@@ -25,20 +25,34 @@ from consilium_common.study import Study
 
 #: Importing torch from a slow disk takes a while; nothing takes this long.
 _SECONDS: Final = 300.0
+#: Studies come in bunches: at a site's start, and when several are approved.
+_IDLE_SECONDS: Final = 20.0
 
 
 @dataclass(frozen=True)
 class Declared:
-    """The tensors of an update, and what each kind of release costs; no events: no privacy."""
+    """What may leave for a study, and how much may come.
+
+    Attributes
+    ----------
+    tensors : tuple of TensorSpec
+        Of an update.
+    events : dict
+        What each kind of release costs; none: no privacy.
+    most_received : int
+        Bytes of the largest model that a round sends to a site.
+    """
 
     tensors: tuple[TensorSpec, ...]
     events: dict[Purpose, PrivacyEvent]
+    most_received: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
         return {
             "tensors": [asdict(spec) for spec in self.tensors],
             "events": {purpose: event.to_dict() for purpose, event in self.events.items()},
+            "most_received": self.most_received,
         }
 
     @classmethod
@@ -50,12 +64,14 @@ class Declared:
                 for one in value["tensors"]
             ),
             {purpose: PrivacyEvent.from_dict(event) for purpose, event in value["events"].items()},
+            int(value["most_received"]),
         )
 
 
 def declared(study: Study) -> Declared:
     """Return what a study declares, computed here. Imports torch."""
-    from consilium_common.models.registry import trained_specs
+    from consilium_common.models.exchange import received_specs, sent_specs
+    from consilium_common.models.weights import packed_size
     from consilium_common.privacy.accounting import parameters
 
     plan = parameters(study)
@@ -67,18 +83,27 @@ def declared(study: Study) -> Declared:
             "statistics": plan.statistics_event,
         }
     found = {purpose: event for purpose, event in events.items() if event is not None}
-    return Declared(trained_specs(study), found)
+    return Declared(sent_specs(study), found, packed_size(received_specs(study)))
 
 
 class Apart:
-    """Computes what studies declare in a process of its own, which stays for the next study.
+    """Computes what studies declare in a process of its own, which stays a while for the next.
 
-    It starts when it is first asked: importing torch takes seconds, and a site has many studies.
+    It starts when it is asked: importing torch takes seconds. Left alone it ends, and gives back
+    the memory that torch takes.
+
+    Parameters
+    ----------
+    idle_seconds : float
+        It ends when nobody has asked for so long.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, idle_seconds: float = _IDLE_SECONDS) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._idle_seconds = idle_seconds
+        self._idle: threading.Timer | None = None
         self._lock = threading.Lock()
+        self._stopped = False
 
     def __call__(self, study: Study) -> Declared:
         """Return what a study declares.
@@ -89,8 +114,13 @@ class Apart:
             ``run.declared`` when that process fails: nothing leaves for the study then.
         """
         with self._lock:
+            if self._idle is not None:
+                self._idle.cancel()
             try:
                 answer = self._ask(canonical_json(study.to_canonical()))
+                self._idle = threading.Timer(self._idle_seconds, self._end_idle)
+                self._idle.daemon = True
+                self._idle.start()
                 return Declared.from_dict(json.loads(answer))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 self.end()
@@ -100,6 +130,21 @@ class Apart:
                     where=study.digest[:12],
                     hint="See that this site's installation is complete: `consilium site doctor`.",
                 ) from error
+
+    def _end_idle(self) -> None:
+        # Whoever is asking holds the lock: then it is not idle, and has a timer of its own.
+        if self._lock.acquire(blocking=False):
+            try:
+                self.end()
+            finally:
+                self._lock.release()
+
+    def stop(self) -> None:
+        """End the process at once and for good, whoever waits for its answer: the site stops."""
+        self._stopped = True
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def end(self) -> None:
         """End the process."""
@@ -117,6 +162,8 @@ class Apart:
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             )
+        if self._stopped:
+            self._process.kill()
         ours, answers = self._process.stdin, self._process.stdout
         assert ours is not None and answers is not None
         late = threading.Timer(_SECONDS, self._process.kill)
@@ -142,6 +189,11 @@ class Declarations:
         self._compute = compute or Apart()
         self._found: dict[str, Declared] = {}
         self._lock = threading.Lock()
+
+    def stop(self) -> None:
+        """Keep nobody waiting any more: the site stops."""
+        if isinstance(self._compute, Apart):
+            self._compute.stop()
 
     def of(self, study: Study) -> Declared:
         """Return what a study declares; raises as the computation does."""

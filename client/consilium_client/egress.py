@@ -12,8 +12,9 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -30,16 +31,22 @@ from consilium_client.flower_private_fleet import (
 )
 from consilium_client.home import SiteHome
 from consilium_client.receipts import Receipts
-from consilium_client.store import StoredUpdate, StudyStore
+from consilium_client.store import Decision, StoredUpdate, StudyStore, still_stands
 from consilium_common.audit.receipts import Paid, Receipt, Release, SentTensor
 from consilium_common.canonical import canonical_json, digest
 from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.entries import Purpose
 from consilium_common.ledger.store import Ledger
-from consilium_common.models.weights import check_packed
+from consilium_common.models.compression import check_encoded, encoded_specs
+from consilium_common.models.weights import TensorSpec
 from consilium_common.study import Study
 from consilium_common.study.statistics import tables
-from consilium_common.wire.messages import Instructions, instructions_of, to_server
+from consilium_common.wire.messages import (
+    Instructions,
+    Reference,
+    instructions_of,
+    to_server,
+)
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -62,7 +69,7 @@ class _Progress(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     digest: str
-    phase: Literal["training", "evaluating", "counting", "sending", "done", "failed"]
+    phase: Literal["downloading", "training", "evaluating", "counting", "sending", "done", "failed"]
     round: int
     step: int
     steps: int
@@ -72,13 +79,16 @@ class _Progress(BaseModel):
 class Passed:
     """A reply that may leave.
 
-    ``study`` is empty for an error reply; ``receipt`` is None for a reply that releases nothing: an
-    error, or an evaluation without figures.
+    ``approval`` is None for an error reply; ``receipt`` is None for a reply that releases nothing:
+    an error, or an evaluation without figures.
     """
 
     reply: Outgoing
-    study: str = ""
+    approval: Decision | None = None
     receipt: Receipt | None = None
+    #: The file that goes before the reply, which names it; None where there is none.
+    file: Path | None = None
+    update: Reference | None = None
 
 
 class EgressGate:
@@ -122,6 +132,10 @@ class EgressGate:
         except ConsiliumError as error:
             _log.warning("%s", error)  # the reply is judged anew, and refused for this then
 
+    def stop(self) -> None:
+        """Keep nobody waiting for what a study declares: the site stops."""
+        self._declarations.stop()
+
     def prepare_ahead(self, running: Collection[str]) -> None:
         """Compute what studies declare that run, or were approved since this was first called.
 
@@ -156,9 +170,48 @@ class EgressGate:
             asked.replied = passed.reply.message_id
             return passed
 
-    def require_approved(self, study: str) -> None:
-        """Raise ``study.not-approved`` when the site has withdrawn from the study meanwhile."""
-        self._store.approved(study)
+    def wanted_model(self, asked: Asked) -> tuple[str, Reference] | None:
+        """Return study and model that a message names, where the site takes part in that study."""
+        try:
+            instructions = _instructions(asked)
+            if instructions.model is None:
+                return None
+            self._store.approved(instructions.study)
+        except ConsiliumError as error:
+            _log.warning("%s", error)  # the executor refuses the message for it
+            return None
+        return instructions.study, instructions.model
+
+    def require_fitting(self, study: str, model: Reference) -> None:
+        """Raise when a model is larger than any that the study's rounds send.
+
+        Whoever speaks for the aggregator must not fill the disk. May compute for a while. Raises
+        ``run.bad-message``, ``run.declared``, ``study.not-approved``.
+        """
+        most = self._declarations.of(self._store.approved(study).study).most_received
+        if model.bytes > most:
+            raise ConsiliumError(
+                "run.bad-message",
+                f"The round's model has {model.bytes} bytes; the study's has at most {most}.",
+                where=study[:12],
+                hint="Ask the aggregator operator; nothing was fetched.",
+            )
+
+    def require_standing(self, passed: Passed) -> None:
+        """Raise when the site has withdrawn meanwhile, or has decided anew about the study.
+
+        What was under way at a withdrawal is withheld for good, also from a later approval.
+        Raises ``study.withdrawn``, ``study.decided-anew``.
+        """
+        if passed.approval is not None:
+            found = self._store.decision(passed.approval.study.digest)
+            still_stands(passed.approval, found)
+
+    def kept_back(self, asked: Asked, passed: Passed) -> None:
+        """Note that a reply that was let out does not leave: an error may take its place."""
+        with self._lock:
+            if asked.replied == passed.reply.message_id and not asked.left:
+                asked.replied = ""
 
     def sent(self, receipt: Receipt) -> None:
         """Note that the aggregator has taken a whole release."""
@@ -186,25 +239,27 @@ class EgressGate:
         purpose = PURPOSES.get(asked.kind)
         if purpose is None:
             raise refusal("a reply of a kind that no study has")
-        study = self._store.approved(instructions.study).study
+        approval = self._store.approved(instructions.study)
+        study = approval.study
         if purpose == "evaluation":
             nothing = outgoing(asked, node_id, content=to_server(None, None))
             if announced.is_of(nothing):
-                return Passed(nothing, study.digest)
+                return Passed(nothing, approval)
         update = self._store.update(study.digest, instructions.round_index, purpose)
         if update is None:
             raise refusal("a result that was never stored")
         figures = self._checked_figures(study, update)
-        blob = None
+        named = None
         tensors: list[SentTensor] = []
         if purpose == "training":
-            blob = update.blob
             specs = self._declarations.of(study).tensors
-            _check_tensors(blob, specs)
+            _check_tensors(study, update.file, specs)
+            named = Reference(update.sha256, update.bytes)
             tensors = [
-                SentTensor(name=one.name, shape=list(one.shape), dtype=one.dtype) for one in specs
+                SentTensor(name=one.name, shape=list(one.shape), dtype=one.dtype)
+                for one in encoded_specs(study, specs)
             ]
-        reply = outgoing(asked, node_id, content=to_server(blob, figures))
+        reply = outgoing(asked, node_id, content=to_server(named, figures))
         if not announced.is_of(reply):
             raise refusal("other content than the site has stored")
         release = Release(
@@ -213,22 +268,24 @@ class EgressGate:
             round=instructions.round_index,
             tensors=tensors,
             figures=sorted(figures),
-            bytes=len(update.blob),
+            bytes=update.bytes,
             sha256=update.sha256,
             objects=digest(list(reply.content_ids())),
             event=self._paid(study, update),
         )
         # Before its receipt: what does not leave has none.
         _only_reply(asked, reply)
-        return Passed(reply, study.digest, self._open_receipts().issue(release))
+        receipt = self._open_receipts().issue(release)
+        return Passed(reply, approval, receipt, None if named is None else update.file, named)
 
     def _checked_figures(self, study: Study, update: StoredUpdate) -> dict[str, float]:
         """Return the figures of a release, which are exactly those that may leave."""
         figures = update.figures
         if update.purpose != "training":
+            content = update.blob
             try:
-                figures = json.loads(update.blob)
-                canonical = canonical_json(figures) == update.blob
+                figures = json.loads(content)
+                canonical = canonical_json(figures) == content
             except (ValueError, TypeError, RecursionError):
                 canonical = False
             if not canonical or not isinstance(figures, dict):
@@ -338,9 +395,9 @@ def _only_reply(asked: Asked, reply: Outgoing) -> None:
         raise refusal("a second reply to a message")
 
 
-def _check_tensors(blob: bytes, specs: Any) -> None:
+def _check_tensors(study: Study, file: Path, specs: Sequence[TensorSpec]) -> None:
     try:
-        check_packed(blob, specs)
+        check_encoded(study, specs, file)
     except ConsiliumError as error:
         _log.error("%s", error)
         raise refusal("an update that is not of the study's tensors") from error

@@ -31,8 +31,8 @@ PUBLIC_CODES: Final = frozenset(
         "policy-invalid receipts-broken round-unknown second-release second-update "
         "threat-model-refused too-few-sites truth uncharged-update unknown-charge unreachable "
         "update-lost witness-conflict",
-        "run": "bad-message bad-update cohort-size declared diverged foreign-bundle round "
-        "site-failed worker-busy worker-died",
+        "run": "bad-message bad-update cohort-size declared diverged foreign-bundle no-model "
+        "not-expected round site-failed worker-busy worker-died",
         "state": "bad-config busy device disk folder patient-key precision quota receipts store",
         "study": "decided-anew invalid network not-approved patches start trainable withdrawn "
         "withheld",

@@ -25,6 +25,9 @@ from consilium_common.errors import ConsiliumError
 
 _log = logging.getLogger(__name__)
 
+#: Exit status when the SuperNode that a task came from has gone.
+SUPERNODE_LOST: Final = 3
+
 #: Asks this often without being woken, in case a wake-up was lost.
 _IDLE_SECONDS: Final = 4.0
 #: After a wake-up the task may be a moment away.
@@ -130,4 +133,9 @@ def _end_workers_of_ended_studies(home: SiteHome) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    try:
+        main(*sys.argv[1:3])
+    except KeyboardInterrupt:
+        # Flower interrupts a process when nobody hears its task's heartbeat any more. Nothing else
+        # does: this one has a session of its own.
+        sys.exit(SUPERNODE_LOST)

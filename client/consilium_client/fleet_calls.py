@@ -42,7 +42,7 @@ class FleetCalls:
         self.node_id: int | None = None
         self._asked: OrderedDict[str, Asked] = OrderedDict()
         #: Records of settings that were pulled, by id: a SuperNode pulls equal objects once.
-        self._settings: OrderedDict[str, memoryview] = OrderedDict()
+        self._settings: OrderedDict[str, bytes] = OrderedDict()
         #: Hash of the bundle of each run, as the aggregator named it; empty before.
         self._runs: OrderedDict[int, str] = OrderedDict()
 
@@ -134,7 +134,7 @@ class FleetCalls:
             asked.see_object(object_id, self._settings[object_id])
         return None if asked.config is None else asked
 
-    def _see(self, object_id: str, content: memoryview) -> Asked | None:
+    def _see(self, object_id: str, content: bytes) -> Asked | None:
         last = None
         for asked in self._asked.values():
             if asked.see_object(object_id, content):

@@ -10,13 +10,13 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.flower_bundle import bundle
-from consilium_common.wire.large_field import before, cut
 from consilium_common.wire.messages import INSTRUCTIONS
 from consilium_common.wire.methods import FLEET_PATHS
 
@@ -25,12 +25,9 @@ from consilium_common.wire.methods import FLEET_PATHS
 CRASHED_REASON: Final = "ClientApp stopped responding."
 #: Instructions are five short values; larger ones are nobody's.
 _LARGEST_INSTRUCTIONS: Final = 64 * 1024
-#: Objects of a message: a model of 100 GiB in chunks of 5 MB has about 20 000.
-_MOST_OBJECTS: Final = 100_000
+#: Objects of a message: itself, and its records.
+_MOST_OBJECTS: Final = 64
 _ID: Final = re.compile(r"[0-9a-f]{64}")
-#: Numbers of ``object_content`` in a PushObject request and in a PullObject response.
-_PUSHED: Final = 4
-_PULLED: Final = 3
 
 
 def refusal(what: str) -> ConsiliumError:
@@ -58,32 +55,6 @@ def read_request(call: str, body: bytes) -> Any:
     if written != body:
         raise refusal(f"a {call} with bytes that Flower does not write")
     return request
-
-
-def read_object(body: bytes) -> tuple[Any, memoryview]:
-    """Parse a PushObject request as :func:`read_request` does, but leave the content in place.
-
-    Returns
-    -------
-    request
-        The request without its content.
-    content : memoryview
-        What the object is. Together they determine ``body``, byte for byte.
-    """
-    try:
-        rest, content = cut(body, _PUSHED)
-    except ValueError as error:
-        raise refusal("a PushObject that cannot be read") from error
-    request = read_request("PushObject", rest)
-    head = make_request(
-        "PushObject",
-        node={"node_id": request.node.node_id},
-        run_id=request.run_id,
-        object_id=request.object_id,
-    ).SerializeToString(deterministic=True)
-    if not content or not body.startswith(head + before(_PUSHED, len(content))):
-        raise refusal("a PushObject with bytes that Flower does not write")
-    return request, content
 
 
 def make_request(call: str, **values: Any) -> Any:
@@ -126,20 +97,22 @@ class Asked:
     config: Any = None
     #: Id of the reply that was let out; a second reply has another id.
     replied: str = ""
+    #: Whether that reply is on its way to the aggregator, and not only the file before it.
+    left: bool = False
 
-    def see_object(self, object_id: str, content: memoryview) -> bool:
+    def see_object(self, object_id: str, content: bytes) -> bool:
         """Take in an object of the message; whether it is a record of settings of it.
 
         A message with two records of settings asks for nothing: who reads which is open.
         """
-        if len(content) > _LARGEST_INSTRUCTIONS or bytes(content[:13]) != b"ConfigRecord ":
+        if len(content) > _LARGEST_INSTRUCTIONS or content[:13] != b"ConfigRecord ":
             return False
         if object_id not in self.objects or hashlib.sha256(content).hexdigest() != object_id:
             return False
         from flwr.app import ConfigRecord
 
         try:
-            record = ConfigRecord.inflate(bytes(content))
+            record = ConfigRecord.inflate(content)
         except Exception:  # Flower's parser raises anything, and its input came over the wire
             return False
         if self.config is not None and self.config[0] != object_id:
@@ -339,16 +312,11 @@ def push_object(node_id: int, run_id: int, session: str, object_id: str, content
     return body
 
 
-def pulled_object(response: bytes) -> memoryview:
+def pulled_object(response: bytes) -> bytes:
     """Return the content in a PullObject response; empty while it is not there."""
     from flwr.proto.message_pb2 import PullObjectResponse
 
-    try:
-        rest, content = cut(response, _PULLED)
-    except ValueError:
-        rest, content = response, memoryview(b"")
-    _response(PullObjectResponse, rest)
-    return content
+    return bytes(_response(PullObjectResponse, response).object_content)
 
 
 def bundle_named(response: bytes) -> str:
@@ -415,8 +383,17 @@ def node_key(key: ec.EllipticCurvePublicKey) -> bytes:
     return content
 
 
-def node_headers(key: ec.EllipticCurvePrivateKey) -> list[tuple[str, str]]:
-    """Return the headers with which a node proves its key (a signed time) and names its release."""
+def node_headers(
+    key: ec.EllipticCurvePrivateKey, ahead: timedelta = timedelta(0)
+) -> list[tuple[str, str]]:
+    """Return the headers with which a node proves its key (a signed time) and names its release.
+
+    Parameters
+    ----------
+    ahead : timedelta
+        By how much the aggregator's clock is ahead of ours: Flower takes no node's word whose clock
+        is 5 seconds ahead of its own or 5 minutes behind it, and the two need not agree.
+    """
     import base64
 
     from flwr.common.constant import TIMESTAMP_HEADER
@@ -425,7 +402,7 @@ def node_headers(key: ec.EllipticCurvePrivateKey) -> list[tuple[str, str]]:
     from flwr.supercore.primitives.asymmetric import sign_message
     from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
-    moment = now().isoformat()
+    moment = (now() + ahead).isoformat()
     signature = sign_message(key, moment.encode("ascii"))
     return [
         (FLEET_HTTP_PUBLIC_KEY_HEADER, base64.b64encode(node_key(key.public_key())).decode()),

@@ -104,6 +104,16 @@ class SiteHome:
         return private_folder(self.path / "releases")
 
     @property
+    def models(self) -> Path:
+        """Models of running studies, a folder for each, named by their SHA-256."""
+        return private_folder(self.path / "models")
+
+    @property
+    def kept(self) -> Path:
+        """What studies keep here from round to round, as personal layers; it never leaves."""
+        return private_folder(self.path / "kept")
+
+    @property
     def reports(self) -> Path:
         """Evaluation figures and pictures; they stay at the site."""
         return private_folder(self.path / "reports")

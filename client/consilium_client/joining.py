@@ -250,14 +250,8 @@ def _prepare(home: SiteHome, invitation_file: Path, wishes: Wishes) -> _Attempt:
     config = _config(home, invitation, again=wishes.again)
     if wishes.proxy is not None:
         config = replace(config, proxy=check_setting(wishes.proxy))
-    login = read_login(wishes.login_file or home.identity / LOGIN_FILE)
-    if wishes.login_file and not login:
-        raise ConsiliumError(
-            "identity.bad-login",
-            "There is no such file with a login for the proxy.",
-            where=str(wishes.login_file),
-            hint="It holds one line, user:password.",
-        )
+    kept = home.identity / LOGIN_FILE
+    login = given_login(wishes.login_file) if wishes.login_file else read_login(kept)
     waiting = _waiting(home)
     if waiting is not None and waiting.invitation == invitation:
         attempt = replace(waiting, config=config, login=login)
@@ -276,6 +270,25 @@ def _prepare(home: SiteHome, invitation_file: Path, wishes: Wishes) -> _Attempt:
     # Last: without it there is no attempt.
     write_atomic(attempt.folder / "attempt.json", json.dumps(state).encode())
     return attempt
+
+
+def given_login(file: Path) -> str:
+    """Read the proxy's login from a file that a person named, so it has to be there.
+
+    Raises
+    ------
+    ConsiliumError
+        ``identity.bad-login``, ``identity.key-exposed``.
+    """
+    login = read_login(file)
+    if not login:
+        raise ConsiliumError(
+            "identity.bad-login",
+            "There is no such file with a login for the proxy.",
+            where=str(file),
+            hint="It holds one line, user:password.",
+        )
+    return login
 
 
 def _waiting(home: SiteHome) -> _Attempt | None:

@@ -15,10 +15,11 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from consilium_client.connection import Connection
-from consilium_client.egress import EgressGate, public_progress
+from consilium_client.egress import EgressGate, Passed, public_progress
 from consilium_client.faults import fault_point
 from consilium_client.fleet_calls import FleetCalls
 from consilium_client.flower_private_fleet import (
@@ -30,12 +31,13 @@ from consilium_client.flower_private_fleet import (
     read_request,
     refusal,
 )
-from consilium_client.greeting import Greeting, greeting, read_greeting
+from consilium_client.greeting import Greeting, greeting, read_greeting, studies_at_once
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
 from consilium_client.refusals import Refusals
 from consilium_client.sending import Sendings
 from consilium_client.store import StudyStore
+from consilium_client.transfers import Transfers
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
@@ -44,7 +46,6 @@ from consilium_common.wire.methods import (
     ERROR_KEY,
     FLEET_CALL_BY_PATH,
     HTTP_STATUS_KEY,
-    MAX_MESSAGE_BYTES,
     PROTOBUF_MEDIA_TYPE,
     SITE_HELLO,
     SITE_PROGRESS,
@@ -61,11 +62,14 @@ _CALL_SECONDS: Final = 29.0
 #: So long a SuperNode's call is held while its task works; below the 30 s after which it gives up.
 _REPLY_SECONDS: Final = 15.0
 _REPLY_POLL_SECONDS: Final = 0.01
-#: Calls with a model's chunk that are worked on at a time; further ones wait outside, unread.
-_CHUNKS_AT_ONCE: Final = 4
-_WITH_CHUNK: Final = frozenset({"PullObject", "PushObject"})
-#: Bytes that are encrypted and sent at a time.
-_SLICE: Final = 256 * 1024
+#: So long one is held while the aggregator cannot be reached.
+_REACHED_SECONDS: Final = 15.0
+#: A SuperNode's call waits so long for an update to be delivered; then it comes again.
+_DELIVERY_SECONDS: Final = 20.0
+#: Flower's answer to a node whose signed time it does not take; nothing was done then.
+_NOT_ADMITTED: Final = 401
+#: Nothing that a SuperNode says is longer: models and updates go another way.
+_LARGEST_CALL: Final = 256 * 1024
 
 
 class Link:
@@ -94,17 +98,21 @@ class Link:
         self._calls = FleetCalls(node_key(self._key.public_key()))
         self._sendings = Sendings(self._gate)
         self._refusals = Refusals(home.refused)
-        self._room = asyncio.Semaphore(_CHUNKS_AT_ONCE)
         self._ahead: set[asyncio.Task[None]] = set()
         self._say = say
         self._session = secrets.token_hex(8)
         self._connection = Connection(identity)
+        self._transfers = Transfers(home, self._connection)
         self._heard = heard
         self._wake = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._wake.setblocking(False)
+        #: By how much the aggregator's clock is ahead of this machine's, as it said last.
+        self._clock_ahead = timedelta(0)
         self._connected: bool | None = None
+        self._reached = asyncio.Event()
         self._replied_before = 0
         self._running: list[str] | None = None
+        self._benched: dict[str, str] = {}
         self._prepared: tuple[object, ...] = ()
 
     async def application(self, scope: Any, receive: Any, send: Any) -> None:
@@ -121,22 +129,13 @@ class Link:
             (b"content-length", str(len(content)).encode()),
         ]
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        # In pieces: encrypted in one go, a chunk would be in memory three times over.
-        for start in range(0, len(content), _SLICE):
-            piece = content[start : start + _SLICE]
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        await send({"type": "http.response.body", "body": content})
 
     async def _answer(self, scope: Any, receive: Any) -> tuple[int, bytes]:
         prefix, _, name = scope["path"].rpartition("/")
         call = FLEET_CALL_BY_PATH.get(name)
         if prefix != "/v1/fleet" or call is None or scope["method"] != "POST":
             return 404, b""
-        room = self._room if call in _WITH_CHUNK else contextlib.nullcontext()
-        async with room:
-            return await self._work(call, receive)
-
-    async def _work(self, call: str, receive: Any) -> tuple[int, bytes]:
         body = await _read_body(receive)
         if body is None:
             return 413, b""
@@ -170,6 +169,9 @@ class Link:
         if known is not None:
             # While the round is at work, so that its reply does not wait for it.
             self._ahead_of(self._gate.prepare, known)
+            wanted = self._gate.wanted_model(known)
+            if wanted is not None:
+                self._transfers.fetch(*wanted, lambda: self._gate.require_fitting(*wanted))
         if call == "ActivateNode":
             node = {"node_id": self._calls.own_node()}
             write_atomic(self._home.run / "node.json", json.dumps(node).encode())
@@ -197,6 +199,14 @@ class Link:
             await self._stand_in(asked, error, node_id)
             raise
         fault_point("link.receipt")
+        try:
+            if not await self._delivered(passed):
+                return 503, b""
+        except ConsiliumError as error:
+            self._gate.kept_back(asked, passed)
+            await self._stand_in(asked, error, node_id)
+            raise
+        asked.left = True
         status, content = await self._forward("PushMessages", passed.reply.body)
         if status != 200:
             return status, content
@@ -204,11 +214,24 @@ class Link:
             node_id, asked.run_id, announced.message_id, passed, content
         )
 
+    async def _delivered(self, passed: Passed) -> bool:
+        """Whether what the reply names is at the aggregator, as it must be before the reply is."""
+        if passed.approval is None or passed.file is None or passed.update is None:
+            return True
+        return await self._transfers.deliver(
+            passed.approval.study.digest,
+            passed.update,
+            passed.file,
+            lambda: self._gate.require_standing(passed),
+            _DELIVERY_SECONDS,
+        )
+
     async def _stand_in(self, asked: Asked, error: ConsiliumError, node_id: int) -> None:
         """Send an error reply for one that was refused: silence would stall the round."""
         passed = self._gate.instead(asked, error, node_id)
         if passed is None:
             return
+        asked.left = True
         status, content = await self._forward("PushMessages", passed.reply.body)
         if status != 200:
             return
@@ -227,16 +250,27 @@ class Link:
 
     async def _forward(self, call: str, body: bytes) -> tuple[int, bytes]:
         fault_point(f"link.before.{call}")
+        try:
+            status, content = await self._call(call, body)
+            if status == _NOT_ADMITTED:
+                # A clock was set since the last greeting, here or there: the signed time was wrong.
+                await self._greet()
+                status, content = await self._call(call, body)
+        except grpc.aio.AioRpcError as error:
+            status = await self._failed(error)
+            if status == 503 and error.code() is grpc.StatusCode.UNAVAILABLE:
+                await self._until_reached()
+            return status, b""
+        fault_point(f"link.after.{call}")
+        return status, content
+
+    async def _call(self, call: str, body: bytes) -> tuple[int, bytes]:
         # Headers are ours too: nothing of the SuperNode's is repeated.
         invoke = self._connection.unary(fleet_method(call))(
-            body, metadata=node_headers(self._key), timeout=_CALL_SECONDS
+            body, metadata=node_headers(self._key, self._clock_ahead), timeout=_CALL_SECONDS
         )
-        try:
-            content: bytes = await invoke
-            trailing = dict(await invoke.trailing_metadata() or ())
-        except grpc.aio.AioRpcError as error:
-            return await self._failed(error), b""
-        fault_point(f"link.after.{call}")
+        content: bytes = await invoke
+        trailing = dict(await invoke.trailing_metadata() or ())
         return int(trailing.get(HTTP_STATUS_KEY, 200)), content
 
     async def _failed(self, error: Any) -> int:
@@ -245,26 +279,43 @@ class Link:
             if key == ERROR_KEY:
                 reason = ConsiliumError.from_dict(json.loads(value))
                 if reason.code.startswith("identity."):
-                    reason = await self._connection.explain(error)
-                    self._say(f"the aggregator refuses this site: {reason}")
+                    if self._connected:
+                        # After a new start the aggregator knows the site and not its node. Should
+                        # it refuse the site itself, the next greeting learns that, and says so.
+                        _log.warning("the aggregator knows this SuperNode no more; it joins again")
+                    else:
+                        reason = await self._connection.explain(error)
+                        self._say(f"the aggregator refuses this site: {reason}")
                     return 401  # the SuperNode ends; the supervisor tries again, slowly
                 return 503
         return 503  # the SuperNode tries again
 
+    async def _until_reached(self) -> None:
+        """Hold a call that did not get through until the aggregator is there, for a while.
+
+        A SuperNode tries again at once at first, and then ever more seldom: every twenty seconds.
+        """
+        self._reached.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._reached.wait(), _REACHED_SECONDS)
+
     async def hello_for_ever(self) -> None:
         """Tell the aggregator every few seconds that this site is there."""
-        invoke = self._connection.unary(SITE_HELLO)
         while True:
             try:
-                said = greeting(self._session, self._identity.trust.digest)
-                answer = read_greeting(await invoke(said, timeout=10))
+                answer = await self._greet()
                 if self._connected is not True:
                     self._say(
                         f"connected to {self._identity.config.address}"
                         f" (aggregator {answer.version})"
                     )
                 self._connected = True
+                self._reached.set()
                 self._note_running(answer.running)
+                self._transfers.received.tidy(answer.running)
+                for study, why in answer.benched.items() - self._benched.items():
+                    self._say(f"study {study[:12]} does not ask this site for now: {why}")
+                self._benched = answer.benched
                 if not self._ahead and self._store_changed(answer.running):
                     self._ahead_of(self._gate.prepare_ahead, answer.running)
                 self._heard(answer)
@@ -278,6 +329,13 @@ class Link:
                     self._say(f"not connected: {problem}")
                 self._connected = False
             await asyncio.sleep(_HELLO_SECONDS)
+
+    async def _greet(self) -> Greeting:
+        said = greeting(self._session, self._identity.trust.digest, studies_at_once(self._home))
+        answer = read_greeting(await self._connection.unary(SITE_HELLO)(said, timeout=10))
+        if answer.time is not None:
+            self._clock_ahead = answer.time - datetime.now(UTC)
+        return answer
 
     async def progress_for_ever(self) -> None:
         """Pass on what the executor writes about the running round: public facts alone."""
@@ -311,12 +369,16 @@ class Link:
         node_id = int(json.loads(path.read_text(encoding="utf-8"))["node_id"])
         with contextlib.suppress(grpc.aio.AioRpcError):
             await self._connection.unary(fleet_method("DeactivateNode"))(
-                deactivate_request(node_id), metadata=node_headers(self._key), timeout=5
+                deactivate_request(node_id),
+                metadata=node_headers(self._key, self._clock_ahead),
+                timeout=5,
             )
         path.unlink(missing_ok=True)
 
     async def close(self) -> None:
         """Close the channel."""
+        self._gate.stop()
+        await self._transfers.close()
         await self._connection.close()
         self._wake.close()
 
@@ -368,7 +430,7 @@ async def _read_body(receive: Any) -> bytes | None:
             return None
         chunk = event.get("body", b"")
         size += len(chunk)
-        if size > MAX_MESSAGE_BYTES:
+        if size > _LARGEST_CALL:
             return None
         chunks.append(chunk)
         if not event.get("more_body"):

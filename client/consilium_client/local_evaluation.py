@@ -1,4 +1,4 @@
-"""Evaluation of the global model at the site: figures and pictures that stay here."""
+"""Evaluation of the global or the site's personal model: figures and pictures that stay here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilium_client.home import SiteHome
+from consilium_client.store import StudyStore
 from consilium_client.training.cases import Array, PatientCohort
 from consilium_client.training.evaluation import Evaluation
 from consilium_client.training.session import TrainingSession
 from consilium_common.files import private_folder, write_atomic
-from consilium_common.models.weights import unpack
+from consilium_common.models.exchange import CONTROL
+from consilium_common.models.weights import pack, unpack
 from consilium_common.study import Study
 
 _PICTURES = 2
@@ -34,28 +36,47 @@ def evaluate(
     """Evaluate on the site's test patients and write a report folder.
 
     Writes ``reports/<digest>/round-NNNNN.json``, of the starting model too (``round-00000.json``);
-    after the last round also ``evaluation.json`` and pictures of a few cases. What ``before_case``
-    raises ends it.
+    after the last round also ``evaluation.json``, pictures of a few cases and the model. Where the
+    site has a personal model the report is that model's and says so, and ``personal.safetensors``
+    is written beside the global one. What ``before_case`` raises ends it.
+
+    Returns
+    -------
+    Evaluation
+        What the figures that may leave are made of: the personal model's, where there is one. In
+        a private study always the global model's: the noise of a score is made for the patients
+        who are scored, and a personal model has seen those who train without any noise.
     """
     study = session.study
-    tensors = unpack(weights)
-    evaluation = session.evaluate(tensors, "test", before_case)
-    folder = private_folder(home.reports / study.digest[:16])
+    received = unpack(weights)
+    model = {name: received[name] for name in received if not name.startswith(CONTROL)}
+    kept = StudyStore(home).kept(study.digest)
+    personal = None if kept is None else session.personal(model, unpack(kept))
+    shown = model if personal is None else personal
+    evaluation = session.evaluate(shown, "test", before_case)
+    released = evaluation
     figures = {
         "site": site,
         "study": study.digest,
         "name": study.name,
         "rounds_done": rounds_done,
+        "model": "global" if personal is None else "personal",
         **evaluation.to_dict(rows=True),
     }
+    if personal is not None and study.privacy.mode != "none":
+        released = session.evaluate(model, "test", before_case)
+        figures["global"] = released.to_dict(rows=True)
+    folder = private_folder(home.reports / study.digest[:16])
     content = json.dumps(figures, indent=2).encode()
     write_atomic(folder / f"round-{rounds_done:05d}.json", content)
     if last:
         if study.task.kind == "segmentation":
-            _write_pictures(folder, cohort, session, tensors)
+            _write_pictures(folder, cohort, session, shown)
         write_atomic(folder / "evaluation.json", content)
-        write_atomic(folder / "model.safetensors", weights)
-    return evaluation
+        write_atomic(folder / "model.safetensors", pack(model))
+        if personal is not None:
+            write_atomic(folder / "personal.safetensors", pack(personal))
+    return released
 
 
 def _write_pictures(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from consilium_client.budget.charging import charge_round, require_permitted
 from consilium_client.budget.policy import Policy, load_policy
+from consilium_client.encoding import encoded_update
 from consilium_client.faults import fault_point
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
@@ -26,7 +27,7 @@ from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.entries import Purpose
 from consilium_common.ledger.store import Ledger
-from consilium_common.models.weights import pack, unpack
+from consilium_common.models.weights import Array, pack, unpack
 from consilium_common.privacy.accounting import parameters
 from consilium_common.privacy.events import SCORE_SENSITIVITY, PrivacyEvent
 from consilium_common.wire.messages import Instructions
@@ -92,15 +93,23 @@ class LocalRounds:
         policy = self._permitted()
         number = instructions.round_index
         private = parameters(self._study)
+        # Before anything is charged: nobody pays for a round that has lost what it begins with.
+        stored = self._store.update(self._study.digest, number)
+        kept = None if stored is not None else self._kept()
         if private is None:
-            stored = self._store.update(self._study.digest, number)
-            return stored or self._train(instructions, weights, progress)
+            return stored or self._train(instructions, weights, kept or {}, progress)
         # Where clipping adapts, a round begins with the norm that the site's last one left.
         clip_norm = self._store.clip_norm_after(self._study.digest, number) or private.clip_norm
         return self._once(
             "training",
             number,
-            lambda: self._train(instructions, weights, None, private.event_per_round, clip_norm),
+            lambda: self._train(
+                instructions,
+                weights,
+                kept or {},
+                charged=private.event_per_round,
+                clip_norm=clip_norm,
+            ),
             policy=policy,
             patients=self._patients,
             event=private.event_per_round,
@@ -282,7 +291,9 @@ class LocalRounds:
         self,
         instructions: Instructions,
         weights: bytes,
-        progress: Callable[[int, int], None] | None,
+        kept: dict[str, Array],
+        progress: Callable[[int, int], None] | None = None,
+        *,
         charged: PrivacyEvent | None = None,
         clip_norm: float | None = None,
     ) -> StoredUpdate:
@@ -295,12 +306,14 @@ class LocalRounds:
             if progress is not None:
                 progress(done, steps)
 
+        model = unpack(weights)
         result = self._session.train(
-            unpack(weights),
+            model,
             number,
             self._cohort_size,
             step,
             clip_norm=clip_norm,
+            kept=kept,
         )
         if result.realised != charged:
             raise ConsiliumError(
@@ -309,14 +322,27 @@ class LocalRounds:
         # The loss is local in a private study; exact figures leave only where both sides say so.
         figures = {"loss": result.loss} if self._releases_exact(load_policy(self._home)) else {}
         _log.info("round %d: loss %.4f (local)", number + 1, result.loss)
+        site = self._identity.config.name
+        blob, lost = encoded_update(
+            self._study, result.tensors, model, kept, site=site, round_index=number
+        )
+        # What this round does not replace stays: a personal model that diverged, for one.
+        kept = kept | result.kept | lost
         return self._store.keep_update(
             digest,
             number,
-            pack(result.tensors),
+            blob,
             figures,
             clip_norm=result.clip_norm,
+            # With the update or not at all: a round that is begun anew begins with what it was.
+            kept=pack(kept) if kept else None,
             under=self.standing.decision,
         )
+
+    def _kept(self) -> dict[str, Array]:
+        """Return what the study kept here after the round before."""
+        kept = self._store.kept(self._study.digest)
+        return {} if kept is None else unpack(kept)
 
     def _cases_of(self, patients: Sequence[Patient]) -> Iterator[Sequence[CaseData]]:
         """Yield the cases of each patient as long as the approval stands."""

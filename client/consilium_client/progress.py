@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from consilium_client.home import SiteHome
@@ -13,6 +14,14 @@ from consilium_common.files import write_atomic
 from consilium_common.wire.messages import Instructions
 
 _SECONDS_BETWEEN: Final = 0.25
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a piece of work says of itself: that it begins, and each step of how many."""
+
+    at_work: Callable[[], None]
+    step: Callable[[int, int], None]
 
 
 class ProgressFile:
@@ -29,23 +38,24 @@ class ProgressFile:
         self._last = 0.0
 
     @contextlib.contextmanager
-    def during(self, kind: str, instructions: Instructions) -> Iterator[Callable[[int, int], None]]:
-        """Say that work goes on, and that it is done afterwards."""
+    def during(self, kind: str, instructions: Instructions) -> Iterator[Work]:
+        """Say that a model is waited for, that work goes on, and that it is done afterwards."""
         phase = {"train": "training", "evaluate": "evaluating", "query": "counting"}[kind]
-        self._write(phase, instructions, 0, 0)
+
+        def say(phase: str, number: int = 0, total: int = 0) -> None:
+            self._write(phase, instructions, number, total)
 
         def step(number: int, total: int) -> None:
             if time.monotonic() - self._last > _SECONDS_BETWEEN:
-                self._write(phase, instructions, number, total)
+                say(phase, number, total)
 
+        say(phase if instructions.model is None else "downloading")
         try:
-            yield step
+            yield Work(lambda: say(phase), step)
         except BaseException:
-            self._write("failed", instructions, 0, 0)
+            say("failed")
             raise
-        self._write(
-            "done" if kind == "evaluate" and instructions.last else "sending", instructions, 0, 0
-        )
+        say("done" if kind == "evaluate" and instructions.last else "sending")
 
     def _write(self, phase: str, instructions: Instructions, step: int, total: int) -> None:
         self._last = time.monotonic()

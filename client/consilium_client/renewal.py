@@ -40,6 +40,8 @@ _SHORTEST_PAUSE: Final = timedelta(seconds=0.1)
 _ASKED_PAUSE: Final = timedelta(minutes=1)
 #: That a certificate ends and cannot be renewed is said again after so long.
 _SAY_AGAIN: Final = timedelta(days=1)
+#: What is wrong with whom the aggregator says to trust, and not with this site's own certificate.
+_OF_TRUST: Final = frozenset({"identity.untrusted-authority", "identity.foreign"})
 #: A clock that is further off than this disturbs certificates and signed times.
 _SKEW: Final = timedelta(minutes=2)
 
@@ -205,12 +207,21 @@ class Renewal:
         if error.code != self._said or self._said_at is None or now - self._said_at > _SAY_AGAIN:
             self._said, self._said_at = error.code, now
             days = max(0, left.days)
-            self._say(
-                "CERTIFICATE: it was not renewed, and this site is shut out when it ends on"
-                f" {end:%Y-%m-%d %H:%M} UTC (in {days} days): {error}"
-                if left > timedelta(0)
-                else f"CERTIFICATE: this site is shut out: {error}"
-            )
+            ends = f"{end:%Y-%m-%d %H:%M} UTC (in {days} days)"
+            if left <= timedelta(0):
+                said = f"CERTIFICATE: this site is shut out: {error}"
+            elif error.code in _OF_TRUST:
+                said = (
+                    "AUTHORITY: what the aggregator says of the consortium's authorities is not"
+                    " believed. Nothing was changed, and the site goes on with its certificate"
+                    f" until {ends}, or until the aggregator refuses it: {error}"
+                )
+            else:
+                said = (
+                    "CERTIFICATE: it was not renewed, and this site is shut out when it ends on"
+                    f" {ends}: {error}"
+                )
+            self._say(said)
         return max(_SHORTEST_PAUSE, min(left / 20, _LONGEST_PAUSE))
 
     def _compare_clocks(self, greeting: Greeting) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Form = Literal["nifti", "seg"]
 _MODEL: Final = "model.safetensors"
+#: Where the strategy gives each site a model of its own, which the report then shows.
+_PERSONAL: Final = "personal.safetensors"
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _final_model(home: SiteHome, which: str) -> tuple[Study, bytes]:
     from consilium_client.store import StudyStore
 
     found = newest_evaluation(home, which)
-    path = Path(found["folder"]) / _MODEL
+    path = Path(found["folder"]) / (_PERSONAL if found.get("model") == "personal" else _MODEL)
     decided = StudyStore(home).decision(found["study"])
     if not found["finished"] or not path.is_file() or decided is None:
         raise ConsiliumError(

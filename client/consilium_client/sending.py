@@ -16,7 +16,7 @@ from consilium_client.egress import EgressGate, Passed
 from consilium_client.flower_private_fleet import (
     accepted,
     push_object,
-    read_object,
+    read_request,
     refusal,
     renamed,
 )
@@ -81,9 +81,9 @@ class Sendings:
         ------
         ConsiliumError
             ``privacy.egress`` unless the object is of a reply under way and the content is the
-            object it is named; ``study.not-approved`` when the site withdrew meanwhile.
+            object it is named; ``study.withdrawn`` or ``study.decided-anew``.
         """
-        request, content = read_object(body)
+        request = read_request("PushObject", body)
         theirs = str(request.object_id)
         sending = self._by_session.get(str(request.session_id))
         if (
@@ -92,14 +92,13 @@ class Sendings:
             or request.node.node_id != sending.node_id
         ):
             raise refusal("an object of no reply under way")
-        if sending.passed.study:
-            self._gate.require_approved(sending.passed.study)
+        self._gate.require_standing(sending.passed)
         name = sending.name(theirs)
         if name not in sending.wanted:
             raise refusal("an object that no approved study has stored")
         if name == sending.passed.reply.message_id:
             return sending, theirs, self._message(sending)
-        if hashlib.sha256(content).hexdigest() != name:
+        if hashlib.sha256(request.object_content).hexdigest() != name:
             raise refusal("an object whose content does not match its name")
         # Every field of it is what we would write: written anew, it would be these same bytes.
         return sending, theirs, body

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
 import sqlite3
 from collections.abc import Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Final
 from consilium_client.budget.policy_automatic import Asked
 from consilium_client.faults import fault_point
 from consilium_client.home import SiteHome
+from consilium_client.kept import drop_others, read_kept, write_kept
 from consilium_client.store_tables import make_tables, transaction
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
@@ -48,8 +50,8 @@ class Decision:
 class StoredUpdate:
     """What was computed once and is sent again whenever it is asked for again.
 
-    A round's update (purpose training, ``blob`` in safetensors), or the released figures of an
-    evaluation or of statistics (``blob`` their canonical JSON; the round is the number of rounds
+    A round's update (purpose training, ``file`` in safetensors), or the released figures of an
+    evaluation or of statistics (``file`` their canonical JSON; the round is the number of rounds
     done, of statistics 0).
     """
 
@@ -57,10 +59,17 @@ class StoredUpdate:
     round_index: int
     sha256: str
     figures: dict[str, float]
-    blob: bytes = field(repr=False)
+    #: Of these bytes and this SHA-256.
+    file: Path = field(repr=False)
+    bytes: int = 0
     purpose: Purpose = "training"
     #: The clip norm that the next round begins with, where clipping adapts. Stays at the site.
     clip_norm: float | None = None
+
+    @property
+    def blob(self) -> builtins.bytes:
+        """The content."""
+        return self.file.read_bytes()
 
 
 class StudyStore:
@@ -185,12 +194,16 @@ class StudyStore:
         *,
         purpose: Purpose = "training",
         clip_norm: float | None = None,
+        kept: builtins.bytes | None = None,
         under: Decision | None = None,
     ) -> StoredUpdate:
         """Store an update durably, before it may leave. A round has one for each purpose, for ever.
 
         Parameters
         ----------
+        kept : bytes, optional
+            What the study keeps at the site for its next round (safetensors), stored with the
+            update or not at all. None: what it kept before stays.
         under : Decision, optional
             The approval under which it was computed: unless it still stands, in the same
             transaction, nothing is stored.
@@ -202,7 +215,10 @@ class StudyStore:
             ``study.withdrawn`` or ``study.decided-anew``; ``state.disk``.
         """
         sha256 = hashlib.sha256(blob).hexdigest()
-        update = StoredUpdate(digest, round_index, sha256, figures, blob, purpose, clip_norm)
+        file = self._update_file(digest, round_index, purpose)
+        update = StoredUpdate(
+            digest, round_index, sha256, figures, file, len(blob), purpose, clip_norm
+        )
         fault_point(f"{purpose}.before-store")
         try:
             with self._connect() as connection:
@@ -213,7 +229,7 @@ class StudyStore:
                     still_stands(under, _decision_of(connection, digest))
                 connection.execute(
                     "INSERT INTO updates (digest, purpose, round, sha256, bytes, figures,"
-                    " clip_norm, stored_at) VALUES (?,?,?,?,?,?,?,?)",
+                    " clip_norm, stored_at, kept) VALUES (?,?,?,?,?,?,?,?,?)",
                     (
                         digest,
                         purpose,
@@ -223,18 +239,39 @@ class StudyStore:
                         json.dumps(figures),
                         clip_norm,
                         _now(),
+                        None if kept is None else hashlib.sha256(kept).hexdigest(),
                     ),
                 )
                 # Before the row is committed and after it was accepted: a second update of a round
                 # must not overwrite the first, and a row must never be without its file.
-                write_atomic(self._update_file(digest, round_index, purpose), blob)
+                write_atomic(file, blob)
+                if kept is not None:
+                    write_kept(self._home, digest, round_index, kept)
                 fault_point(f"{purpose}.file-written")
         except sqlite3.IntegrityError as error:
             raise ConsiliumError(
                 "privacy.second-update", "A different update was stored for this round already."
             ) from error
+        if kept is not None:
+            drop_others(self._home, digest, round_index)
         fault_point(f"{purpose}.stored")
         return update
+
+    def kept(self, digest: str) -> builtins.bytes | None:
+        """Return what the study kept here with the update stored last; None where it kept nothing.
+
+        What was kept before the site withdrew from the study is not taken up again.
+
+        Raises ``state.kept-lost`` when the file is gone or altered.
+        """
+        with self._connect() as connection:
+            # By the order of storing: a round that is caught up later may have a lower number.
+            row = connection.execute(
+                "SELECT round, kept FROM updates WHERE digest = ? AND purpose = 'training'"
+                " AND kept IS NOT NULL AND withheld = 0 ORDER BY rowid DESC LIMIT 1",
+                (digest,),
+            ).fetchone()
+        return None if row is None else read_kept(self._home, digest, row[0], row[1])
 
     def update(
         self, digest: str, round_index: int, purpose: Purpose = "training"
@@ -263,18 +300,20 @@ class StudyStore:
                 hint="Approved anew, the site takes part again from the next round on.",
             )
         path = self._update_file(digest, round_index, purpose)
-        try:
-            blob = path.read_bytes()
-        except OSError:
-            blob = b""
-        if hashlib.sha256(blob).hexdigest() != row[0]:
+        found, size = "", 0
+        with suppress(OSError), path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+            size = stream.tell()
+        if found != row[0]:
             raise ConsiliumError(
                 "privacy.update-lost",
                 "A stored update is missing or altered; its round cannot be computed again.",
                 where=str(path),
                 hint="Restore the releases folder from your backup.",
             )
-        return StoredUpdate(digest, round_index, row[0], json.loads(row[1]), blob, purpose, row[2])
+        return StoredUpdate(
+            digest, round_index, row[0], json.loads(row[1]), path, size, purpose, row[2]
+        )
 
     def clip_norm_after(self, digest: str, round_index: int) -> float | None:
         """Return the clip norm that training left behind after its last round before this one."""

@@ -14,7 +14,7 @@ _UPDATES: Final = """
 CREATE TABLE IF NOT EXISTS updates (
     digest TEXT NOT NULL, purpose TEXT NOT NULL, round INTEGER NOT NULL, sha256 TEXT NOT NULL,
     bytes INTEGER NOT NULL, figures TEXT NOT NULL, clip_norm REAL, stored_at TEXT NOT NULL,
-    withheld INTEGER NOT NULL DEFAULT 0,
+    withheld INTEGER NOT NULL DEFAULT 0, kept TEXT,
     PRIMARY KEY (digest, purpose, round)
 )"""
 _SCHEMA: Final = (
@@ -54,7 +54,7 @@ _MIGRATIONS: Final = (
             "ALTER TABLE updates RENAME TO updates_before",
             _UPDATES,
             "INSERT INTO updates SELECT digest, 'training', round, sha256, bytes, figures, NULL,"
-            " stored_at, 0 FROM updates_before",
+            " stored_at, 0, NULL FROM updates_before",
             "DROP TABLE updates_before",
         ),
     ),
@@ -63,6 +63,7 @@ _MIGRATIONS: Final = (
         "withheld",
         ("ALTER TABLE updates ADD COLUMN withheld INTEGER NOT NULL DEFAULT 0",),
     ),
+    ("updates", "kept", ("ALTER TABLE updates ADD COLUMN kept TEXT",)),
 )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from consilium_client.autoapproval import approve_for_ever
 from consilium_client.endpoint import endpoint
+from consilium_client.executor import SUPERNODE_LOST
 from consilium_client.flower_private import supernode_command
 from consilium_client.home import HOME_VARIABLE, SiteHome
 from consilium_client.identity import SiteIdentity
@@ -21,6 +22,7 @@ from consilium_client.witnessing import Witnessing
 from consilium_common.files import private_folder
 from consilium_common.identity.loopback import make_loopback
 from consilium_common.processes import Child, flower_environment, free_port
+from consilium_common.service import Service
 from consilium_common.wire.proxy import without_proxies
 
 
@@ -34,6 +36,7 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
     """
     private_folder(home.path)
     identity = SiteIdentity.load(home)
+    service = Service()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     with only_one(home):
@@ -64,7 +67,15 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
             logs=home.logs,
             say=say,
             before_start=link.free_node,
+            run=home.run,
         )
+
+        async def forget_tasks() -> None:
+            # A SuperNode waits a minute for a task whose executor has died, and takes no other.
+            # A new one is another session: the site is asked anew, within the round.
+            if executor.restarts and executor.status != SUPERNODE_LOST:
+                supernode.kill()
+
         executor = Child(
             "executor",
             [
@@ -74,6 +85,8 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
             environment=environment,
             logs=home.logs,
             say=say,
+            before_start=forget_tasks,
+            run=home.run,
         )
         tasks = [asyncio.create_task(_serve_quietly(server))]
         try:
@@ -92,12 +105,15 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
                     witnessing.witness_for_ever(),
                     renewal.renew_for_ever(),
                     approve_for_ever(home, identity, say),
+                    service.alive_for_ever(),
                 )
             ]
             say(f"site {identity.config.name} is running")
+            service.ready(f"site {identity.config.name} is running")
             await stop.wait()
             say("stopping")
         finally:
+            service.stopping()
             # The SuperNode says goodbye through the link, so the link goes last.
             await asyncio.gather(executor.stop(), supernode.stop())
             server.should_exit = True

@@ -1,7 +1,7 @@
 """The worker: one process per running study that keeps model, data and CUDA context over rounds.
 
 Forked warm from a process that has imported torch and MONAI and has never touched CUDA. It speaks
-frames over a pipe: a JSON header and the weights, so nothing is ever unpickled.
+JSON over a pipe, so nothing is ever unpickled; models and updates are files.
 """
 
 from __future__ import annotations
@@ -10,53 +10,44 @@ import fcntl
 import json
 import logging
 import os
-import struct
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from consilium_client.budget.policy import load_policy
 from consilium_common.errors import ConsiliumError
-from consilium_common.processes import die_with_parent
+from consilium_common.processes import die_with_starter
 from consilium_common.wire.messages import Instructions
 
 if TYPE_CHECKING:
     from consilium_client.training.evaluation import Evaluation
 
-_HEADER: Final = struct.Struct("!I")
 #: A killed worker is gone at once; nothing that is alive gives way in this time.
 _PREDECESSOR_SECONDS: Final = 20.0
 _LOOK_SECONDS: Final = 0.02
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One message over the pipe."""
-
-    header: dict[str, Any]
-    blob: bytes = field(default=b"", repr=False)
+Answer = dict[str, Any]
 
 
-def send_frame(connection: Connection, frame: Frame) -> None:
-    """Write a frame."""
-    header = json.dumps(frame.header).encode()
-    connection.send_bytes(_HEADER.pack(len(header)) + header + frame.blob)
+def send(connection: Connection, said: Answer) -> None:
+    """Write one message over the pipe."""
+    connection.send_bytes(json.dumps(said).encode())
 
 
-def receive_frame(connection: Connection) -> Frame:
-    """Read a frame; EOFError when the other side is gone."""
-    content = connection.recv_bytes()
-    (length,) = _HEADER.unpack_from(content)
-    start = _HEADER.size
-    return Frame(json.loads(content[start : start + length]), content[start + length :])
+def receive(connection: Connection) -> Answer:
+    """Read one message; EOFError when the other side is gone."""
+    said = json.loads(connection.recv_bytes())
+    assert isinstance(said, dict)
+    return said
 
 
 def work(connection: Connection, home: str, log_file: str) -> None:
     """Serve one study's rounds until the pipe closes; the target of a forked process."""
-    die_with_parent()
+    die_with_starter()
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -70,22 +61,22 @@ def work(connection: Connection, home: str, log_file: str) -> None:
     alone: IO[str] | None = None
     while True:
         try:
-            request = receive_frame(connection)
+            request = receive(connection)
         except (EOFError, OSError):
             return
         try:
-            instructions = Instructions(**request.header["instructions"])
+            instructions = Instructions(**request["instructions"])
             alone = alone or only_worker(Path(home), instructions.study)
             if study is None or study.decided_anew():
                 study = _Study(Path(home), instructions.study)
-            answer = study.answer(request.header["kind"], instructions, request.blob, connection)
+            answer = study.answer(request["kind"], instructions, request["model"], connection)
         except ConsiliumError as error:
             logging.getLogger(__name__).error("%s", error)
-            answer = Frame({"error": error.to_dict()})
+            answer = {"error": error.to_dict()}
         except Exception as error:
             logging.getLogger(__name__).exception("unforeseen")
-            answer = Frame({"error": _named(error).to_dict()})
-        send_frame(connection, answer)
+            answer = {"error": _named(error).to_dict()}
+        send(connection, answer)
 
 
 def _named(error: Exception) -> ConsiliumError:
@@ -173,22 +164,23 @@ class _Study:
         return self._store.approved(self._decision.study.digest) != self._decision
 
     def answer(
-        self, kind: str, instructions: Instructions, weights: bytes, connection: Connection
-    ) -> Frame:
+        self, kind: str, instructions: Instructions, model: str | None, connection: Connection
+    ) -> Answer:
         self._session.take_at_most(self._gpu_share())
+        weights = b"" if model is None else Path(model).read_bytes()
         if kind != "query":
             # Before anything is charged: nobody pays for a model that cannot be used.
-            self._session.require_model(weights)
+            self._session.require_model(weights, training=kind == "train")
         if kind == "train":
 
             def progress(step: int, steps: int) -> None:
-                send_frame(connection, Frame({"progress": {"step": step, "steps": steps}}))
+                send(connection, {"progress": {"step": step, "steps": steps}})
 
             update = self._rounds.train(instructions, weights, progress)
-            return Frame({"figures": update.figures}, update.blob)
+            return {"figures": update.figures, "sha256": update.sha256, "bytes": update.bytes}
         if kind == "query":
             counted = self._cohort.patients("train")
-            return Frame({"figures": self._rounds.statistics(instructions, counted)})
+            return {"figures": self._rounds.statistics(instructions, counted)}
         from consilium_client.local_evaluation import evaluate
 
         def evaluation() -> Evaluation:
@@ -203,7 +195,7 @@ class _Study:
                 before_case=self._rounds.standing.require,
             )
 
-        return Frame({"figures": self._rounds.evaluate(instructions, evaluation)})
+        return {"figures": self._rounds.evaluate(instructions, evaluation)}
 
     def _gpu_share(self) -> float:
         """Return the share of the GPU that today's policy leaves to the study."""
@@ -214,6 +206,10 @@ class _Study:
         return 1.0 if rule is None else rule.gpu_share
 
 
-def request_frame(kind: str, instructions: Instructions, weights: bytes) -> Frame:
-    """Return the frame that asks a worker for one piece of work."""
-    return Frame({"kind": kind, "instructions": asdict(instructions)}, weights)
+def request(kind: str, instructions: Instructions, model: Path | None) -> Answer:
+    """Return what asks a worker for one piece of work, with the file of its model."""
+    return {
+        "kind": kind,
+        "instructions": asdict(replace(instructions, model=None)),
+        "model": None if model is None else str(model),
+    }

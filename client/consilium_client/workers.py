@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from typing import Any, Final
 
 from consilium_client.home import SiteHome
-from consilium_client.worker import Frame, receive_frame, request_frame, send_frame, work
+from consilium_client.worker import Answer, receive, request, send, work
 from consilium_common.errors import ConsiliumError
 from consilium_common.wire.messages import Instructions
 
@@ -64,9 +65,9 @@ class WorkerPool:
         self,
         kind: str,
         instructions: Instructions,
-        weights: bytes,
+        model: Path | None,
         progress: Callable[[int, int], None],
-    ) -> Frame:
+    ) -> Answer:
         """Have one piece of work done; a worker that dies is replaced and asked once more.
 
         Asking again is safe: a round that was stored is returned from the store, one that was only
@@ -80,14 +81,14 @@ class WorkerPool:
         for _ in range(2):
             worker = self._worker(instructions.study)
             try:
-                send_frame(worker.connection, request_frame(kind, instructions, weights))
+                send(worker.connection, request(kind, instructions, model))
                 answer = self._wait(worker, progress)
             except (EOFError, OSError):
                 _log.error("the worker of %s died", instructions.study[:12])
                 self._end(instructions.study)
                 continue
-            if "error" in answer.header:
-                error = ConsiliumError.from_dict(answer.header["error"])
+            if "error" in answer:
+                error = ConsiliumError.from_dict(answer["error"])
                 # A worker that could not open its study starts afresh next time.
                 self._end(instructions.study)
                 raise error
@@ -119,12 +120,12 @@ class WorkerPool:
         self._workers[digest] = _Worker(process, ours)
         return self._workers[digest]
 
-    def _wait(self, worker: _Worker, progress: Callable[[int, int], None]) -> Frame:
+    def _wait(self, worker: _Worker, progress: Callable[[int, int], None]) -> Answer:
         while True:
-            frame = receive_frame(worker.connection)
-            step: dict[str, Any] | None = frame.header.get("progress")
+            answer = receive(worker.connection)
+            step: dict[str, Any] | None = answer.get("progress")
             if step is None:
-                return frame
+                return answer
             progress(step["step"], step["steps"])
 
     def _end(self, digest: str) -> None:

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from consilium_common import __version__
 from consilium_common.console import MODE, print_error
 from consilium_common.errors import ConsiliumError
+from consilium_common.models.kept import keep_networks
 
 #: One line per group, so that ``--help`` imports none of them.
 GROUPS = {
@@ -81,6 +82,7 @@ def root(
     """Federated learning for medical imaging: models confer, images never travel."""
     MODE.json = json_output
     MODE.debug = debug
+    keep_networks()
 
 
 def main() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from consilium_common.errors import ConsiliumError
 
@@ -26,8 +29,9 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
-    """Replace ``path`` by ``content`` durably: a reader or a crash sees all of it or the old file.
+@contextmanager
+def replacing(path: Path, *, mode: int = 0o600, durable: bool = True) -> Iterator[BinaryIO]:
+    """Give a stream whose content replaces ``path`` when the block ends well, else nothing does.
 
     Parameters
     ----------
@@ -45,22 +49,38 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, durable: bool
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "wb") as stream:
             os.fchmod(stream.fileno(), mode)
-            stream.write(content)
+            yield stream
             stream.flush()
             if durable:
                 os.fsync(stream.fileno())
         Path(temporary).replace(path)
         if durable:
             sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        raise ConsiliumError(
-            "state.disk",
-            f"Cannot write the file: {error.strerror or error}.",
-            where=str(path),
-            hint="Free space on the disk or check its permissions; nothing was lost.",
-        ) from error
+        if not isinstance(error, OSError):
+            raise
+        raise disk_error(path, error) from error
+
+
+def disk_error(path: Path, error: OSError) -> ConsiliumError:
+    """Return ``state.disk``: what could not be written, and why."""
+    return ConsiliumError(
+        "state.disk",
+        f"Cannot write the file: {error.strerror or error}.",
+        where=str(path),
+        hint="Free space on the disk or check its permissions; nothing was lost.",
+    )
+
+
+def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
+    """Replace ``path`` by ``content`` durably: a reader or a crash sees all of it or the old file.
+
+    Parameters and errors as :func:`replacing`.
+    """
+    with replacing(path, mode=mode, durable=durable) as stream:
+        stream.write(content)
 
 
 def require_new(path: Path) -> None:

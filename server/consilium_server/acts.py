@@ -17,6 +17,7 @@ from consilium_common.identity.keys import load_signing_key
 from consilium_common.identity.trust import Trust
 from consilium_common.ledger.entries import time_text
 from consilium_common.wire.statements import sign
+from consilium_server.database import hold_alone
 from consilium_server.home import ServerHome
 from consilium_server.registry import Registry
 from consilium_server.tables import ActRow, now
@@ -36,12 +37,14 @@ class Acts:
 
     Parameters
     ----------
+    registry
+        Holds the log, and what its entries are about.
     witness
         The aggregator's Ed25519 key, which signs each entry.
     """
 
     def __init__(self, registry: Registry, witness: WitnessKey) -> None:
-        self._registry = registry
+        self.registry = registry
         self._witness = witness
         self._refusals: dict[tuple[str, str, str, str], float] = {}
 
@@ -60,9 +63,9 @@ class Acts:
         The log lies in the registry's own database: where it cannot be written, what the act
         changes can hardly have been written either.
         """
-        with self._registry.transaction() as session:
+        with self.registry.transaction() as session:
             # Held from reading the newest entry to writing the next: the chain never forks.
-            session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            hold_alone(session, ActRow.__tablename__)
             newest = session.query(ActRow).order_by(ActRow.sequence.desc()).first()
             entry = signed_act(
                 self._witness.key,
@@ -99,7 +102,7 @@ class Acts:
 
     def document(self, trust: Trust) -> dict[str, Any]:
         """Return the whole log as a signed document, which `consilium audit verify` reads."""
-        with self._registry.transaction() as session:
+        with self.registry.transaction() as session:
             rows = session.query(ActRow).order_by(ActRow.sequence).all()
         content = {
             "schema": LOG_SCHEMA,

@@ -34,6 +34,12 @@ def init(
         Path | None,
         typer.Option(help="New folder, on a medium to take away, for the authority's key."),
     ] = None,
+    database_file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="File with a PostgreSQL URL (default: SQLite)."
+        ),
+    ] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Make the consortium's authority, the server's and the operator's identity, once."""
@@ -44,7 +50,15 @@ def init(
 
     locked = new_passphrase(passphrase_file) if passphrase or passphrase_file else None
     server = ServerHome.create(home)
-    authority = initialise(server, name, address, passphrase=locked, offline=offline_authority)
+    database = "" if database_file is None else database_file.read_text(encoding="utf-8").strip()
+    authority = initialise(
+        server,
+        name,
+        address,
+        passphrase=locked,
+        offline=offline_authority,
+        database=database,
+    )
     note_local(server, "init", name)
     words = fingerprint_words(authority.certificate)
     key_file = (offline_authority or server.identity) / "authority-key.pem"

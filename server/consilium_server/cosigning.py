@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import String, select
-from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Mapped, mapped_column
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.study.approval import standing
 from consilium_common.wire.statements import check_signed, cosignature_statement
+from consilium_server.database import insert_new
 from consilium_server.registry import Registry
 from consilium_server.tables import Base, Member, StudyRow, now
 
@@ -67,7 +67,7 @@ def cosign(
     }
     with registry.transaction() as session:
         # The first one stays: a signature is given once, and a second would say the same.
-        made = insert(Cosignature).values(values).on_conflict_do_nothing()
+        made = insert_new(session, Cosignature, values)
         added = session.execute(made.returning(Cosignature.operator)).scalar()
     return added is None
 

@@ -6,10 +6,9 @@ round waits for it.
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -17,16 +16,14 @@ import httpx
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.wire.methods import FLEET_HEADER_PREFIX, FLEET_PATHS, PROTOBUF_MEDIA_TYPE
+from consilium_server.arrivals import ArrivalCounts
 from consilium_server.flower_private import has_message, objects_to_push, pushed_object
+from consilium_server.kicks import Kicks
 
 #: Shorter than the 30 s after which a SuperNode gives a call up.
 HOLD_SECONDS: Final = 24.0
-#: Asks again this often without a kick, in case one was missed;
-#: also how long a revoked site's held call may outlive the revocation.
-_SAFETY_SECONDS: Final = 1.0
-_KICK_POLL_SECONDS: Final = 0.03
-#: Bytes that are encrypted and sent at a time.
-_SLICE: Final = 256 * 1024
+#: How long a revoked site's held call may outlive the revocation.
+_ADMIT_SECONDS: Final = 1.0
 
 Headers = list[tuple[str, str]]
 
@@ -35,11 +32,11 @@ class Arrivals:
     """Tells the round loop that a reply is there, so that it need not ask the SuperLink.
 
     A reply is announced with the ids of its objects, which then come one by one; when the last one
-    has come, the node's file in ``folder`` is touched.
+    has come, one more reply of the node is counted in ``folder``.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._counts = ArrivalCounts(folder)
         self._missing: dict[str, set[str]] = {}
 
     def note(self, node_id: str, call: str, body: bytes, response: bytes) -> None:
@@ -51,7 +48,7 @@ class Arrivals:
         else:
             return
         if not self._missing.get(node_id):
-            (self._folder / node_id).touch()
+            self._counts.add(node_id)
 
 
 class FleetForwarder:
@@ -63,11 +60,11 @@ class FleetForwarder:
         ``https://127.0.0.1:port``.
     certificate : Path
         The SuperLink's loopback certificate, trusted for this hop alone.
-    kick : Path
-        File that is touched when messages wait.
+    kicks : Kicks
+        Says when messages wait.
     """
 
-    def __init__(self, base_url: str, certificate: Path, kick: Path) -> None:
+    def __init__(self, base_url: str, certificate: Path, kicks: Kicks) -> None:
         context = ssl.create_default_context(cafile=str(certificate))
         self._client = httpx.AsyncClient(
             base_url=base_url,
@@ -76,7 +73,7 @@ class FleetForwarder:
             limits=httpx.Limits(max_connections=256, max_keepalive_connections=64),
             trust_env=False,
         )
-        self._kick = kick
+        self._kicks = kicks
 
     async def forward(self, call: str, body: bytes, headers: Headers) -> tuple[int, bytes]:
         """Return the SuperLink's HTTP status and body for one call.
@@ -89,10 +86,9 @@ class FleetForwarder:
         try:
             response = await self._client.post(
                 f"/v1/fleet/{FLEET_PATHS[call]}",
-                content=_slices(body),
+                content=body,
                 headers={
                     **{k: v for k, v in headers if k.startswith(FLEET_HEADER_PREFIX)},
-                    "content-length": str(len(body)),
                     "content-type": PROTOBUF_MEDIA_TYPE,
                     "accept": PROTOBUF_MEDIA_TYPE,
                 },
@@ -104,7 +100,7 @@ class FleetForwarder:
         return response.status_code, response.content
 
     async def pull(
-        self, body: bytes, headers: Headers, still_admitted: Callable[[], object]
+        self, node: str, body: bytes, headers: Headers, still_admitted: Callable[[], object]
     ) -> tuple[int, bytes]:
         """Forward PullMessages, and again whenever messages may have come, until one has.
 
@@ -112,27 +108,16 @@ class FleetForwarder:
         """
         end = time.monotonic() + HOLD_SECONDS
         while True:
-            seen = self._kicked_at()
+            seen = self._kicks.seen(node)
             status, content = await self.forward("PullMessages", body, headers)
-            if status != httpx.codes.OK or has_message(content) or time.monotonic() > end:
+            if status != httpx.codes.OK or has_message(content):
                 return status, content
-            ask_again = min(time.monotonic() + _SAFETY_SECONDS, end)
-            while time.monotonic() < ask_again and self._kicked_at() == seen:
-                await asyncio.sleep(_KICK_POLL_SECONDS)
-            still_admitted()
+            while self._kicks.seen(node) == seen:
+                if time.monotonic() > end:
+                    return status, content
+                await self._kicks.wait(node, seen, _ADMIT_SECONDS)
+                still_admitted()
 
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
-
-    def _kicked_at(self) -> int:
-        try:
-            return self._kick.stat().st_mtime_ns
-        except FileNotFoundError:
-            return 0
-
-
-async def _slices(body: bytes) -> AsyncIterator[bytes]:
-    """Yield a body in pieces: encrypted in one go, it would be in memory three times over."""
-    for start in range(0, len(body), _SLICE):
-        yield body[start : start + _SLICE]

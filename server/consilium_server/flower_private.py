@@ -14,10 +14,8 @@ from typing import Any
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.flower_bundle import bundle, bundle_hash
-from consilium_common.wire.large_field import cut
 
 FEDERATION = ""  # the open edition's default federation
-_CONTENT = 4  #: number of ``object_content`` in a PushObject request
 
 
 def superlink_command(*, port: int, certificate: Path, key: Path, secret: Path) -> list[str]:
@@ -158,14 +156,7 @@ def pushed_object(body: bytes) -> str:
     """Return the id of the object in a PushObject request."""
     from flwr.proto.message_pb2 import PushObjectRequest
 
-    return str(PushObjectRequest.FromString(cut(body, _CONTENT)[0]).object_id)
-
-
-def pulled_object(body: bytes) -> str:
-    """Return the id of the object that a PullObject request asks for."""
-    from flwr.proto.message_pb2 import PullObjectRequest
-
-    return str(PullObjectRequest.FromString(body).object_id)
+    return str(PushObjectRequest.FromString(body).object_id)
 
 
 def claimed_node(call: str, body: bytes) -> int | bytes | None:
@@ -198,7 +189,7 @@ def claimed_node(call: str, body: bytes) -> int | bytes | None:
         "ConfirmMessageReceived": message_pb2.ConfirmMessageReceivedRequest,
     }
     try:
-        request = types[call].FromString(cut(body, _CONTENT)[0] if call == "PushObject" else body)
+        request = types[call].FromString(body)
     except (DecodeError, ValueError) as error:
         raise ConsiliumError("network.garbage", f"The body is no {call} request.") from error
     if call in ("RegisterNode", "ActivateNode"):
@@ -294,3 +285,16 @@ def run_server_task(
         )
         heartbeat.stop()
         grid.close()
+
+
+def simulate(server_app: Any, client_app: Any, nodes: int, resources: dict[str, Any]) -> None:
+    """Run both apps on Flower's simulation engine until the ServerApp ends; raises what it raises.
+
+    Parameters
+    ----------
+    resources : dict
+        Flower's ``backend_config``: what Ray is started with, and what a ClientApp takes of it.
+    """
+    from flwr.simulation import run_simulation
+
+    run_simulation(server_app, client_app, nodes, backend_config=resources)

@@ -27,6 +27,7 @@ from consilium_common.wire.methods import (
     FLEET_ROLES,
     HTTP_STATUS_KEY,
     SERVICE_ROLES,
+    STREAM_ROLES,
     fleet_method,
 )
 from consilium_common.wire.tls13 import grpc
@@ -36,11 +37,11 @@ from consilium_server.flower_private import (
     has_message,
     node_key_bytes,
     public_key_header,
-    pulled_object,
 )
 from consilium_server.limits import Allowances, Call, Limits, Meter
 from consilium_server.peers import Doorkeeper, Peer, while_admitted
 from consilium_server.presenting import Presented
+from consilium_server.transfers import Stream
 
 _log = logging.getLogger(__name__)
 
@@ -70,8 +71,9 @@ class Gateway:
 
     Parameters
     ----------
-    services : mapping
-        Handler of each of our own methods; its keys are those of ``SERVICE_ROLES``.
+    services, streams : mapping
+        Handler of each of our own methods; their keys are those of ``SERVICE_ROLES`` and of
+        ``STREAM_ROLES``.
     limits : Limits
         What one caller may use.
     """
@@ -82,14 +84,17 @@ class Gateway:
         fleet: FleetForwarder,
         arrivals: Arrivals,
         services: Mapping[str, Service],
+        streams: Mapping[str, Stream],
+        *,
         limits: Limits | None = None,
     ) -> None:
-        if set(services) != set(SERVICE_ROLES):
+        if set(services) != set(SERVICE_ROLES) or set(streams) != set(STREAM_ROLES):
             raise ValueError("every method in the role table needs a handler, and no other has one")
         self._door = door
         self._fleet = fleet
         self._arrivals = arrivals
         self._services = dict(services)
+        self._streams = dict(streams)
         self._limits = limits or Limits()
         self._meter = Meter(self._limits)
         self._allowances = Allowances(self._limits)
@@ -156,6 +161,8 @@ class Gateway:
         }
         for method in self._services:
             handlers[method] = self._handler(method, SERVICE_ROLES[method], self._service_call)
+        for method, stream in self._streams.items():
+            handlers[method] = self._stream_handler(method, STREAM_ROLES[method], stream)
         return handlers
 
     def _handler(
@@ -183,6 +190,24 @@ class Gateway:
                         context.set_trailing_metadata(trailing)
                     # Who does not take its answers keeps its own places filled with them.
                     await while_admitted(context.write(content), admit)
+            except ConsiliumError as error:
+                await _refuse(context, who, error)
+
+        return handle
+
+    def _stream_handler(self, method: str, roles: frozenset[Role], stream: Stream) -> _Handler:
+        async def handle(_: Any, context: grpc.aio.ServicerContext) -> None:
+            who, _role = _named(context)
+            try:
+                async with self._meter.call(who) as place:
+
+                    def admit() -> Peer:
+                        return self._admit(context, roles, method)
+
+                    peer = admit()
+                    await place.expect_stream()
+                    line = _Line(context, place, self._limits.body_seconds)
+                    await while_admitted(stream(peer, line), admit)
             except ConsiliumError as error:
                 await _refuse(context, who, error)
 
@@ -223,33 +248,19 @@ class Gateway:
         node = str(peer.member.node_id) if peer.member is not None else ""
         if call == "PullMessages":
             status, content = await self._fleet.pull(
-                body, headers, lambda: self._admit(context, FLEET_ROLES, method)
+                node, body, headers, lambda: self._admit(context, FLEET_ROLES, method)
             )
         elif call in ("PushObject", "PushMessages"):
-            status, content = await self._upload(node, call, body, headers)
+            self._allowances.charge(node, len(body))
+            status, content = await self._fleet.forward(call, body, headers)
         else:
             status, content = await self._fleet.forward(call, body, headers)
         if status != 200:
             return content, ((HTTP_STATUS_KEY, str(status)),)
         if call == "PullMessages" and has_message(content):
             self._allowances.message(node)
-        elif call == "PullObject":
-            self._allowances.sent(node, pulled_object(body), len(content))
         self._arrivals.note(node, call, body, content)
         return content, ()
-
-    async def _upload(
-        self, node: str, call: str, body: bytes, headers: list[tuple[str, str]]
-    ) -> tuple[int, bytes]:
-        self._allowances.charge(node, len(body))
-        arrived = False
-        try:
-            status, content = await self._fleet.forward(call, body, headers)
-            arrived = status == 200
-        finally:
-            if not arrived:
-                self._allowances.refund(node, len(body))
-        return status, content
 
     def _admit(
         self, context: grpc.aio.ServicerContext, roles: frozenset[Role], method: str
@@ -258,6 +269,32 @@ class Gateway:
             return self._door.admit(context, roles, method)
         except ConsiliumError as error:
             raise _at_the_door(error) from error
+
+
+class _Line:
+    """A stream of one caller: each message is timed and counted."""
+
+    def __init__(self, context: grpc.aio.ServicerContext, place: Call, seconds: float) -> None:
+        self._context, self._place, self._seconds = context, place, seconds
+
+    async def read(self) -> bytes | None:
+        await self._place.wait_for_debt()
+        message = await self._timed(self._context.read())
+        if message is grpc.aio.EOF:
+            return None
+        assert isinstance(message, bytes)
+        self._place.took_piece(len(message))
+        return message
+
+    async def write(self, message: bytes) -> None:
+        await self._timed(self._context.write(message))
+
+    async def _timed(self, work: Awaitable[Any]) -> Any:
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await work
+        except TimeoutError:
+            raise ConsiliumError("network.slow", "The stream has come to a stop.") from None
 
 
 class _DoorError(ConsiliumError):

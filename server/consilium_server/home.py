@@ -22,6 +22,8 @@ class ServerConfig:
     address: str  #: ``host:port`` that sites connect to; it stands in invitations
     #: What one caller may use; `consilium_server.limits` says which there are and their defaults.
     limits: Mapping[str, object] = field(default_factory=dict)
+    #: URL of a PostgreSQL database in place of ``registry.db``; empty: none.
+    database: str = ""
 
     @property
     def port(self) -> int:
@@ -92,13 +94,13 @@ class ServerHome:
         return private_folder(self.path / "run")
 
     @property
-    def kick(self) -> Path:
-        """Touched when messages wait for sites, so that held polls ask again at once."""
-        return self.run / "kick"
+    def kicks(self) -> Path:
+        """A file per node, touched when messages wait for it, so that held polls ask again."""
+        return private_folder(self.run / "kicks")
 
     @property
     def arrived(self) -> Path:
-        """A file per node, touched when that node's reply has arrived whole."""
+        """A file per node that counts the replies of it that have arrived whole."""
         return private_folder(self.run / "arrived")
 
     @property

@@ -230,6 +230,43 @@ def rotate(
         _begin(custody, offline_authority)
 
 
+@app.command("lock-authority")
+@command
+def lock_authority(
+    *,
+    authority: Annotated[
+        Path | None, typer.Option(help="Folder of an offline authority's key.")
+    ] = None,
+    new_passphrase_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the new passphrase; asked for twice without it."),
+    ] = None,
+    home: Home = DEFAULT_HOME,
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Put the authority's key under a passphrase, or under another one."""
+    from consilium_common.identity.passphrase import new_passphrase
+    from consilium_server.acts import note_local
+    from consilium_server.issuing import passphrase_for
+    from consilium_server.locking import lock_authority as lock
+    from consilium_server.rotation import Custody
+
+    server = ServerHome.existing(home)
+    folder = authority or server.identity
+    custody = Custody(
+        server, passphrase_for(folder / "authority-key.pem", passphrase_file), authority
+    )
+    custody.authority()  # what is wrong with it shows before a new passphrase is thought of
+    lock(custody, new_passphrase(new_passphrase_file))
+    note_local(server, "lock", "authority")
+    result(
+        {"authority_key": str(folder / "authority-key.pem")},
+        f"{folder / 'authority-key.pem'} is under the new passphrase.\n"
+        "Restart a running aggregator: until then it goes on as it was started.\n"
+        "Destroy copies and backups from before: what opened them still does.",
+    )
+
+
 def _rotate_server(server: ServerHome, issuer: Any) -> None:
     from consilium_common.identity.certificates import read_certificate
     from consilium_common.identity.words import fingerprint_words

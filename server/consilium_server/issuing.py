@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,7 @@ from consilium_common.identity.certificates import (
 from consilium_common.identity.keys import is_locked, load_signing_key, load_tls_key
 from consilium_common.identity.passphrase import ask_passphrase, read_passphrase
 from consilium_common.identity.trust import Trust, key_of
+from consilium_server.changing import changing_keys
 from consilium_server.home import ServerHome
 from consilium_server.pairs import Kept, install_pair, settle_pair
 from consilium_server.registry import Registry
@@ -50,18 +52,8 @@ OPERATOR_NAME = "operator"
 CREDENTIAL = "authority-passphrase"
 
 
-class Issuer(Protocol):
+class Certifier(Protocol):
     """Certifies keys for names that somebody else has checked."""
-
-    @property
-    def trust(self) -> Trust:
-        """Whom the consortium trusts now; follows a rotation while the aggregator runs."""
-        ...
-
-    @property
-    def cross_pem(self) -> str | None:
-        """Certificates of newer authorities' keys by older ones; None before any rotation."""
-        ...
 
     def issue(
         self,
@@ -80,6 +72,20 @@ class Issuer(Protocol):
             ``identity.bad-request``, ``identity.weak-key``; ``identity.request-waiting`` when
             other keys wait in that name already.
         """
+        ...
+
+
+class Issuer(Certifier, Protocol):
+    """Certifies keys, and knows whom the consortium trusts."""
+
+    @property
+    def trust(self) -> Trust:
+        """Whom the consortium trusts now; follows a rotation while the aggregator runs."""
+        ...
+
+    @property
+    def cross_pem(self) -> str | None:
+        """Certificates of newer authorities' keys by older ones; None before any rotation."""
         ...
 
 
@@ -130,7 +136,6 @@ class HomeIssuer:
             requested_key(signer_request_pem, Role.SIGNER)
         authorities = self._authorities.value()
         if authorities is None:
-            trusted = self.trust.authorities
             trusted = self.trust.authorities
             authority = key_of(trusted[-1] if role is Role.SERVER else trusted[0])
             wanted = Wanted(name, role, request_pem, signer_request_pem, hosts, authority)
@@ -191,6 +196,25 @@ def passphrase_for(key_file: Path, given: Path | None) -> bytes | None:
     return ask_passphrase()
 
 
+@dataclass(frozen=True)
+class AtHand:
+    """Issues with one authority's key that was opened, wherever it is kept."""
+
+    authority: Authority
+
+    def issue(
+        self,
+        name: str,
+        role: Role,
+        request_pem: bytes,
+        signer_request_pem: bytes | None,
+        *,
+        hosts: tuple[str, ...] = (),
+    ) -> Issued:
+        """Certify; as :meth:`Certifier.issue`."""
+        return issue_with(self.authority, name, role, request_pem, signer_request_pem, hosts=hosts)
+
+
 def issue_with(
     authority: Authority,
     name: str,
@@ -223,7 +247,18 @@ def renew_server_if_due(
     -------
     bool
         Whether the server presents another certificate from now on.
+
+    Raises
+    ------
+    ConsiliumError
+        ``state.running`` while another process changes keys, and what issuing raises.
     """
+    with changing_keys(home):
+        return renew_own(home, issuer, moment=moment)
+
+
+def renew_own(home: ServerHome, issuer: Issuer, *, moment: datetime | None = None) -> bool:
+    """Renew as :func:`renew_server_if_due`, for whoever holds the lock already."""
     folder = home.identity
     changed = _install_rotated_server(folder, issuer)
     if due_for_renewal(read_certificate(folder / "server.pem"), now=moment):
@@ -234,7 +269,7 @@ def renew_server_if_due(
     return changed
 
 
-def renew_server(folder: Path, issuer: Issuer) -> bool:
+def renew_server(folder: Path, issuer: Certifier) -> bool:
     """Give the server's key a new certificate; False while that waits for the authority."""
     key = load_tls_key(folder / "server-key.pem")
     issued = issuer.issue(
@@ -249,7 +284,7 @@ def renew_server(folder: Path, issuer: Issuer) -> bool:
     return issued is not None
 
 
-def renew_operator(home: ServerHome, issuer: Issuer) -> bool:
+def renew_operator(home: ServerHome, issuer: Certifier) -> bool:
     """Give the keys of the operator in this home new certificates; False while that waits."""
     folder = home.identity
     issued = issuer.issue(
@@ -282,7 +317,7 @@ def server_hosts(certificate: x509.Certificate) -> tuple[str, ...]:
     return tuple(host for host in hosts if host != SERVER_NAME)
 
 
-def _install_rotated_server(folder: Path, issuer: Issuer) -> bool:
+def _install_rotated_server(folder: Path, issuer: Certifier) -> bool:
     """Put a new server key in force once the offline authority has certified it."""
     waiting = folder / "server-waiting-key.pem"
     if not waiting.exists():

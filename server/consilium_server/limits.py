@@ -12,20 +12,22 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilium_common.errors import ConsiliumError
-from consilium_common.wire.methods import MAX_MESSAGE_BYTES
+from consilium_common.wire.methods import CHUNK_BYTES, MAX_MESSAGE_BYTES
 
 _MIB: Final = 1024 * 1024
-#: Calls that carry a model's chunks or a page of records; all others are small.
-_LARGE_CALLS: Final = frozenset({"PushObject", "PushMessages", "Propose", "Probe"})
+#: Calls that carry a piece of starting weights or measure the line; all others are small.
+_LARGE_CALLS: Final = frozenset({"Propose", "Probe"})
 #: Calls whose answers may be as large.
-_LARGE_ANSWERS: Final = frozenset({"PullObject", "GetFab", "Records", "Log", "Studies"})
+_LARGE_ANSWERS: Final = frozenset({"GetFab", "Records", "Log", "Studies"})
+#: What a stream may have in memory: a piece being taken, and one on its way.
+_STREAM_BYTES: Final = 2 * CHUNK_BYTES
 #: A caller over its rate is answered this late, so that asking faster does not pay.
 _PENALTY_SECONDS: Final = 1.0
 #: So many answers are held late for one caller; further ones come at once.
@@ -50,12 +52,9 @@ class Limits(BaseModel):
     caller_bytes_in_flight: Annotated[int, Field(ge=2 * MAX_MESSAGE_BYTES)] = 64 * _MIB
     bytes_in_flight: Annotated[int, Field(ge=2 * MAX_MESSAGE_BYTES)] = 1024 * _MIB  #: of all
     small_message_bytes: Annotated[int, Field(ge=4096)] = 256 * 1024  #: heartbeats and the like
-    #: What a site may send in reply, as a multiple of what it was sent, …
-    upload_factor: Annotated[float, Field(ge=1.0)] = 3.0
-    #: … and in any case (statistics and figures need no model).
-    upload_floor_bytes: Annotated[int, Field(ge=_MIB)] = 64 * _MIB
+    reply_bytes: Annotated[int, Field(ge=64 * 1024)] = 2 * _MIB  #: to one message; updates apart
     enrolments_per_minute: _Seconds = 20.0  #: of one invitation
-    body_seconds: _Seconds = 120.0  #: until a call's body has come; a chunk on a slow line
+    body_seconds: _Seconds = 120.0  #: until a call's body, or the next piece of a stream, has come
     handshake_seconds: _Seconds = 10.0  #: until TLS stands
     idle_seconds: Annotated[float, Field(ge=10.0)] = 120.0  #: a connection without calls
     streams: Annotated[int, Field(ge=8, le=1000)] = 128  #: calls on one connection
@@ -105,6 +104,9 @@ class Limits(BaseModel):
             # site that asked for calm would lose its calls for nothing: so a few are forgiven.
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
             ("grpc.http2.max_ping_strikes", 20),
+            # gRPC would measure the line, and let much of a stream wait in memory on a fast one.
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", 2 * CHUNK_BYTES),
         ]
 
 
@@ -256,11 +258,32 @@ class Call:
 
         What is not read yet stays with the caller: HTTP/2 lets only a window of it through.
         """
+        await self.wait_for_debt()
+        await self._meter.reserve(self._use, MAX_MESSAGE_BYTES)
+        self._reserved = MAX_MESSAGE_BYTES
+
+    async def expect_stream(self) -> None:
+        """Reserve room for a stream's pieces for as long as it lasts."""
+        await self._meter.reserve(self._use, _STREAM_BYTES)
+        self._reserved = _STREAM_BYTES
+
+    async def wait_for_debt(self) -> None:
+        """Wait until the caller's earlier bytes have been paid off."""
         debt = self._use.upload.debt_seconds()
         if debt:
             await asyncio.sleep(debt)
-        await self._meter.reserve(self._use, MAX_MESSAGE_BYTES)
-        self._reserved = MAX_MESSAGE_BYTES
+
+    def took_piece(self, size: int) -> None:
+        """Note one message of a stream.
+
+        Raises
+        ------
+        ConsiliumError
+            ``network.too-large``.
+        """
+        self._use.upload.take(size)
+        if size > CHUNK_BYTES:
+            raise ConsiliumError("network.too-large", "A piece of the stream is too large.")
 
     def took_body(self, size: int, call: str) -> None:
         """Note the body's true size; a call with a large answer keeps room for that.
@@ -290,64 +313,40 @@ class Call:
             self._meter.change(self._use, change)
 
 
-@dataclass
-class _Task:
-    """What a site was sent with one message, and what it has sent since."""
-
-    received: set[str] = field(default_factory=set)
-    down: int = 0
-    up: int = 0
-
-
 class Allowances:
-    """How much each site may still upload: in proportion to what it was sent.
+    """How many bytes each site may send to Flower in answer to its messages: figures and names.
 
-    A site's reply is a model like the one it was given, or a few figures. Looked at over its last
-    few messages, so that the reply to one may come while the next is there already.
+    Looked at over its last few messages, so that the reply to one may come while the next is there
+    already. Updates go another way and have limits of their own.
     """
 
     _WINDOW: Final = 4
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._tasks: dict[str, deque[_Task]] = {}
+        self._sent: dict[str, deque[int]] = {}
 
     def message(self, node: str) -> None:
         """Note that a message went to the site."""
-        self._of(node).append(_Task())
-
-    def sent(self, node: str, object_id: str, size: int) -> None:
-        """Note that the site was sent an object; the same one again counts once."""
-        task = self._of(node)[-1]
-        if object_id not in task.received:
-            task.received.add(object_id)
-            task.down += size
+        self._of(node).append(0)
 
     def charge(self, node: str, size: int) -> None:
-        """Count ``size`` uploaded bytes, or refuse them.
+        """Count ``size`` bytes sent, or refuse them.
 
         Raises
         ------
         ConsiliumError
             ``network.too-much``.
         """
-        tasks = self._of(node)
-        permitted = sum(
-            self._limits.upload_factor * task.down + self._limits.upload_floor_bytes
-            for task in tasks
-        )
-        if sum(task.up for task in tasks) + size > permitted:
+        sent = self._of(node)
+        if sum(sent) + size > self._limits.reply_bytes * len(sent):
             raise ConsiliumError(
                 "network.too-much",
-                "The site sends far more than the model that it was given.",
+                "The site sends far more than a reply has.",
                 hint="If a study truly needs it, the aggregator operator raises"
-                " limits.upload_factor in server.json.",
+                " limits.reply_bytes in server.json.",
             )
-        tasks[-1].up += size
+        sent[-1] += size
 
-    def refund(self, node: str, size: int) -> None:
-        """Take back what was charged for bytes that did not arrive."""
-        self._of(node)[-1].up -= size
-
-    def _of(self, node: str) -> deque[_Task]:
-        return self._tasks.setdefault(node, deque([_Task()], maxlen=self._WINDOW))
+    def _of(self, node: str) -> deque[int]:
+        return self._sent.setdefault(node, deque([0], maxlen=self._WINDOW))

@@ -48,6 +48,7 @@ def initialise(
     *,
     passphrase: bytes | None = None,
     offline: Path | None = None,
+    database: str = "",
 ) -> Authority:
     """Make the authority, the identities of server and first operator, and the witness's key.
 
@@ -63,12 +64,14 @@ def initialise(
         Locks the authority's key.
     offline : Path, optional
         New folder for the authority's key; the aggregator's own gets its certificate alone.
+    database : str, optional
+        URL of a PostgreSQL database for the registry (default: an SQLite file).
 
     Raises
     ------
     ConsiliumError
-        ``state.exists`` when there is an aggregator in this folder already: a second authority
-        would make every certificate of the first worthless.
+        ``state.registry``; ``state.exists`` when there is an aggregator in this folder already: a
+        second authority would make every certificate of the first worthless.
     """
     if home.config_file.exists():
         raise ConsiliumError(
@@ -84,6 +87,7 @@ def initialise(
             f"{address!r} is not host:port.",
             hint="Give what sites will connect to, for example fl.example.org:8443.",
         )
+    registry = Registry(home.database, database)
     kept = None if offline is None else offline_folder(offline, home)
     authority = Authority.create(consortium)
     folder = home.identity
@@ -109,9 +113,9 @@ def initialise(
     write_atomic(folder / "operator.pem", certificate_pem(certificate))
     write_atomic(folder / "operator-signer.pem", certificate_pem(signer))
     WitnessKey.ensure(folder, authority)
-    with Registry(home.database).transaction() as session:
-        session.add(_operator_member(OPERATOR_NAME, certificate, signer))
-    home.save_config(ServerConfig(consortium, address))
+    with registry.transaction() as session:
+        session.merge(_operator_member(OPERATOR_NAME, certificate, signer))
+    home.save_config(ServerConfig(consortium, address, database=database))
     return authority
 
 

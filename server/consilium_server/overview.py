@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
+from consilium_common.errors import ConsiliumError
 from consilium_common.identity.certificates import Role, describe, load_certificate
 from consilium_common.identity.words import fingerprint_words
 from consilium_server.cosigning import signatures_overview
+from consilium_server.lifecycle import approved
 from consilium_server.registry import Registry
 from consilium_server.released import noisy_score, pooled
+from consilium_server.round_tables import site_rounds
+from consilium_server.scheduler import queue, waits_for
 from consilium_server.spending import SpendMeter
+from consilium_server.standing import round_standing
+from consilium_server.states import State
 from consilium_server.statistics import estimates
-from consilium_server.tables import Alarm, EvaluationRow, Member, StudyRow, Witnessed
+from consilium_server.tables import Alarm, EvaluationRow, Member, Round, StudyRow, Witnessed
+
+#: So many entries of a study's log are shown: an answer is one message.
+_LOGGED: Final = 500
 
 
 def sites_overview(registry: Registry) -> list[dict[str, Any]]:
@@ -58,6 +67,80 @@ def _witnessed(row: Witnessed | None) -> dict[str, Any]:
     }
 
 
+def studies_overview(registry: Registry) -> list[dict[str, Any]]:
+    """Return a line for every study: where it stands, and its place in the queue."""
+    places = {row.digest: place for place, row in enumerate(queue(registry), start=1)}
+    return [
+        {
+            "digest": row.digest,
+            "name": row.name,
+            "state": row.state,
+            "reason": row.reason,
+            "proposed_at": row.proposed_at,
+            "priority": row.priority,
+            "place": places.get(row.digest),
+            "waits_for": waits_for(registry, row) if row.digest in places else "",
+            "rounds_done": len(registry.rounds(row.digest)),
+            "rounds": int(row.canonical["federation"]["rounds"]),
+            "approved": len(approved(registry, row.digest)),
+        }
+        for row in registry.studies()
+    ]
+
+
+def queue_place(registry: Registry, row: StudyRow) -> int | None:
+    """Return a study's place in the queue, from 1; None where it is not in it."""
+    places = [one.digest for one in queue(registry)]
+    return places.index(row.digest) + 1 if row.digest in places else None
+
+
+def history_overview(registry: Registry, row: StudyRow) -> dict[str, Any]:
+    """Return a study's last changes of state and last rounds, with what was left out of each."""
+    rounds = registry.rounds(row.digest)
+    return {
+        "digest": row.digest,
+        "name": row.name,
+        "state": row.state,
+        "rounds_done": len(rounds),
+        "history": [
+            {
+                "from": event.before,
+                "to": event.after,
+                "who": event.who,
+                "why": event.why,
+                "at": event.at,
+            }
+            for event in registry.history(row.digest)[-_LOGGED:]
+        ],
+        "rounds": [{**_round(one), "ended_at": one.ended_at} for one in rounds[-_LOGGED:]],
+    }
+
+
+def round_overview(registry: Registry, row: StudyRow, number: int) -> dict[str, Any]:
+    """Return what each site's part in one round was, ``number`` counted from 0.
+
+    Raises
+    ------
+    ConsiliumError
+        ``study.no-round`` for one that is not over yet.
+    """
+    found = [one for one in registry.rounds(row.digest) if one.number == number]
+    if not found:
+        raise ConsiliumError(
+            "study.no-round",
+            f"The study {row.name} has not finished a round {number + 1}.",
+            hint=f"See `consilium study log {row.digest[:12]}`.",
+        )
+    parts = site_rounds(registry, row.digest).get(number, [])
+    return {
+        "digest": row.digest,
+        "name": row.name,
+        **_round(found[0]),
+        "ended_at": found[0].ended_at,
+        "parts": [part.shown() for part in parts],
+    }
+
+
 def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict[str, Any]:
     """Return all that the aggregator knows of one study; takes a while where ε is composed.
 
@@ -85,6 +168,10 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
         "name": row.name,
         "state": row.state,
         "reason": row.reason,
+        "priority": row.priority,
+        "place": queue_place(registry, row),
+        "waits_for": waits_for(registry, row) if row.state == State.QUEUED else "",
+        "pause_asked": row.pause_by is not None,
         "proposed_by": row.proposed_by,
         "proposed_at": row.proposed_at,
         "proposed_to": row.sites,
@@ -111,10 +198,7 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
         ],
         "rounds": [
             {
-                "number": r.number,
-                "seconds": round(r.seconds, 3),
-                "sites": r.sites,
-                "dropped": r.dropped,
+                **_round(r),
                 "loss": r.loss,
                 "metrics": {"evaluation": exact[r.number + 1]} if r.number + 1 in exact else {},
             }
@@ -131,11 +215,21 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
             }
             for p in registry.progress(row.digest)
         ],
+        "standing": round_standing(registry, row, rounds, approvals, online),
         "alarms": [
             {"site": alarm.site, **_alarm(alarm)}
             for alarm in registry.alarms()
             if alarm.site in {a.site for a in approvals}
         ],
+    }
+
+
+def _round(row: Round) -> dict[str, Any]:
+    return {
+        "number": row.number,
+        "seconds": round(row.seconds, 3),
+        "sites": row.sites,
+        "dropped": row.dropped,
     }
 
 

@@ -115,7 +115,10 @@ class Doorkeeper:
         if certified.role is Role.INVITATION:
             self._check_invitation(certified)
             return Peer(certified, None, address)
-        member = self._registry.member(certified.name)
+        member = self._registry.known_member(certified.name)
+        if not _plainly_admitted(member, certified):
+            # Looked at closely: it may have joined, or been renewed, a moment ago.
+            member = self._registry.member(certified.name)
         if member is None or member.role != certified.role:
             raise ConsiliumError(
                 "identity.unknown",
@@ -173,6 +176,16 @@ class Doorkeeper:
                 hint="Each invitation works once. If it was not you, tell the aggregator operator"
                 " at once; otherwise ask for a new one.",
             )
+
+
+def _plainly_admitted(member: Member | None, certified: Certified) -> bool:
+    return (
+        member is not None
+        and member.role == certified.role
+        and member.status == "active"
+        and member.serial == certified.serial
+        and (member.node_id is not None or certified.role is not Role.SITE)
+    )
 
 
 @lru_cache(maxsize=4096)

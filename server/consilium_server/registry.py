@@ -1,24 +1,24 @@
-"""The aggregator's records: opened, searched and changed in transactions (SQLite)."""
+"""The aggregator's records: opened, searched and changed in transactions."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-from sqlalchemy import Engine, create_engine, event, func, select, update
-from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy import event, func, select, update
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
-from sqlalchemy.schema import CreateColumn
 
 from consilium_common.errors import ConsiliumError
+from consilium_server.database import insert_new, open_database
+from consilium_server.states import AGGREGATOR, State, change
 from consilium_server.tables import (
     Alarm,
     Approval,
-    Base,
     EvaluationRow,
     InvitationRow,
     Member,
@@ -26,13 +26,20 @@ from consilium_server.tables import (
     Received,
     Round,
     StatisticsRow,
+    StudyEvent,
     StudyRow,
     Witnessed,
-    append_only_triggers,
     now,
 )
 
 _log = logging.getLogger(__name__)
+
+_KNOWN_SECONDS: Final = 0.5
+
+
+def _note_members(session: Session, _: object) -> None:
+    if any(isinstance(one, Member) for one in (*session.new, *session.dirty, *session.deleted)):
+        session.info["members"] = True
 
 
 class Registry:
@@ -41,37 +48,23 @@ class Registry:
     Parameters
     ----------
     database : Path
-        SQLite file; created where it is missing. One of an earlier release gets the tables and
-        columns that it lacks; nothing in it is changed.
+        As :func:`~consilium_server.database.open_database` takes it: an SQLite file, or PostgreSQL
+        where ``server.json`` beside it says so.
+    named : str, optional
+        URL of a PostgreSQL database, while there is no ``server.json`` yet.
     """
 
-    def __init__(self, database: Path) -> None:
-        self._engine = create_engine(f"sqlite:///{database}", connect_args={"timeout": 20})
-
-        @event.listens_for(self._engine, "connect")
-        def _pragmas(connection: Any, _: Any) -> None:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-
-        try:
-            Base.metadata.create_all(self._engine)
-            _add_missing_columns(self._engine)
-            with self._engine.begin() as connection:
-                for statement in append_only_triggers():
-                    connection.exec_driver_sql(statement)
-        except DatabaseError as error:
-            raise ConsiliumError(
-                "state.registry",
-                "The aggregator's registry cannot be opened.",
-                where=str(database),
-                hint="Restore it from your backup, or free space on the disk.",
-            ) from error
-        database.chmod(0o600)
+    def __init__(self, database: Path, named: str = "") -> None:
+        self._engine = open_database(database, named)
+        self._known: dict[str, Member] = {}
+        self._known_at = -_KNOWN_SECONDS
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
         """Open a transaction: committed at the end, rolled back on an error."""
         with Session(self._engine, expire_on_commit=False) as session, session.begin():
+            event.listen(session, "after_flush", _note_members)
+            event.listen(session, "after_commit", self._forget_members)
             yield session
 
     # --- members ---------------------------------------------------------------------------
@@ -80,6 +73,20 @@ class Registry:
         """Return the member of that name."""
         with self.transaction() as session:
             return session.get(Member, name)
+
+    def known_member(self, name: str) -> Member | None:
+        """Return a member as it stood at most half a second ago, and after every change here.
+
+        A thousand sites are asked after many times a second; all are read in one go.
+        """
+        if time.monotonic() > self._known_at + _KNOWN_SECONDS:
+            self._known_at = time.monotonic()
+            self._known = {member.name: member for member in self.members()}
+        return self._known.get(name)
+
+    def _forget_members(self, session: Session) -> None:
+        if session.info.get("members"):
+            self._known_at = -_KNOWN_SECONDS
 
     def site(self, name: str) -> Member:
         """Return the site of that name, or raise ``identity.unknown``."""
@@ -106,6 +113,14 @@ class Registry:
 
     def note_seen(self, name: str, address: str) -> Member:
         """Note that a member called just now, and from where."""
+        try:
+            return self._note_seen(name, address)
+        except OperationalError:
+            # A full disk: nobody is turned away because that cannot be written.
+            with self.transaction() as session:
+                return session.get_one(Member, name)
+
+    def _note_seen(self, name: str, address: str) -> Member:
         with self.transaction() as session:
             member = session.get_one(Member, name)
             member.last_seen = now()
@@ -203,11 +218,24 @@ class Registry:
         with self.transaction() as session:
             return list(session.scalars(select(StudyRow).order_by(StudyRow.proposed_at)))
 
+    def in_states(self, *states: State) -> list[StudyRow]:
+        """Return the studies in one of these states, oldest first."""
+        with self.transaction() as session:
+            query = select(StudyRow).where(StudyRow.state.in_(states))
+            return list(session.scalars(query.order_by(StudyRow.proposed_at)))
+
     def running(self) -> list[str]:
         """Return the digests of the studies that run now; reads no study itself."""
         with self.transaction() as session:
-            query = select(StudyRow.digest).where(StudyRow.state == "running")
+            query = select(StudyRow.digest).where(StudyRow.state == State.RUNNING)
             return list(session.scalars(query.order_by(StudyRow.proposed_at)))
+
+    def running_at(self, site: str) -> list[str]:
+        """Return the digests of the studies that run now and were proposed to a site."""
+        with self.transaction() as session:
+            query = select(StudyRow.digest, StudyRow.sites).where(StudyRow.state == State.RUNNING)
+            found = session.execute(query.order_by(StudyRow.proposed_at)).all()
+        return [digest for digest, sites in found if sites is None or site in sites]
 
     def approvals(self, digest: str) -> list[Approval]:
         """Return all decisions about a study, by site."""
@@ -243,29 +271,32 @@ class Registry:
             query = select(Progress).where(Progress.digest == digest).order_by(Progress.site)
             return list(session.scalars(query))
 
-    def fail_running(self, digest: str, reason: str) -> None:
-        """Move a study from running to failed; one that was stopped meanwhile stays stopped."""
-        if self.study(digest).state == "running":
-            self.set_study_state(digest, "failed", reason)
-
     def running_as(self, flower_run: str) -> StudyRow | None:
         """Return the study that runs as this Flower run, None when none does."""
         with self.transaction() as session:
             query = select(StudyRow).where(
-                StudyRow.flower_run == flower_run, StudyRow.state == "running"
+                StudyRow.flower_run == flower_run, StudyRow.state == State.RUNNING
             )
             return session.scalars(query).first()
 
-    def set_study_state(self, digest: str, state: str, reason: str = "") -> None:
-        """Move a study to ``state``, with who or why in ``reason``."""
+    def set_study_state(
+        self, digest: str, state: str, reason: str = "", *, who: str = AGGREGATOR
+    ) -> None:
+        """Move a study to ``state``, with why in ``reason``; its history says so for good.
+
+        Raises
+        ------
+        ConsiliumError
+            ``study.<state>`` where the state it is in does not permit it.
+        """
         with self.transaction() as session:
-            row = session.get_one(StudyRow, digest)
-            row.state = state
-            row.reason = reason
-            if state == "running":
-                row.started_at, row.ended_at = now(), None
-            elif state in ("finished", "failed", "stopped"):
-                row.ended_at = now()
+            change(session, digest, State(state), reason, who=who)
+
+    def history(self, digest: str) -> list[StudyEvent]:
+        """Return every change of a study's state, oldest first."""
+        with self.transaction() as session:
+            query = select(StudyEvent).where(StudyEvent.digest == digest)
+            return list(session.scalars(query.order_by(StudyEvent.id)))
 
     # --- what bears witness ----------------------------------------------------------------
 
@@ -314,7 +345,7 @@ class Registry:
         _log.critical("ALARM, site %s: [%s] %s", site, code, message)
         with self.transaction() as session:
             values = {"site": site, "code": code, "message": message, "at": now()}
-            session.execute(insert(Alarm).values(values).on_conflict_do_nothing())
+            session.execute(insert_new(session, Alarm, values))
 
     def alarms(self) -> list[Alarm]:
         """Return all alarms, oldest first."""
@@ -328,25 +359,3 @@ def _invitation_used() -> ConsiliumError:
         "The invitation was used already.",
         hint="Each invitation works once; ask the aggregator operator for a new one.",
     )
-
-
-def _add_missing_columns(engine: Engine) -> None:
-    """Add to the tables of an earlier release the columns that came after it."""
-    for table in Base.metadata.sorted_tables:
-        with engine.begin() as connection:
-            known = _columns(connection, table.name)
-            missing = [column for column in table.columns if column.name not in known]
-            if not missing:
-                continue
-            # Another process may be at it: looked at again once nobody else can write.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            known = _columns(connection, table.name)
-            for column in missing:
-                if column.name not in known:
-                    definition = CreateColumn(column).compile(engine)
-                    connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {definition}")
-
-
-def _columns(connection: Any, table: str) -> set[str]:
-    rows = connection.exec_driver_sql(f"PRAGMA table_info({table})")
-    return {row[1] for row in rows}

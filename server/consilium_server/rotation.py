@@ -27,14 +27,16 @@ from consilium_common.identity.keys import (
     save_private,
 )
 from consilium_common.identity.trust import Trust, key_of
+from consilium_server.changing import changing_keys
 from consilium_server.home import ServerHome
 from consilium_server.issuing import (
     AGGREGATOR,
+    AtHand,
     Issuer,
     authority_here,
     load_issuer,
     renew_operator,
-    renew_server_if_due,
+    renew_own,
     server_hosts,
 )
 from consilium_server.pairs import install_pair
@@ -95,7 +97,17 @@ def rotate_server(home: ServerHome, issuer: Issuer) -> bool:
     -------
     bool
         False while the new key waits for the offline authority; the old one serves until then.
+
+    Raises
+    ------
+    ConsiliumError
+        ``state.running`` while another process changes keys.
     """
+    with changing_keys(home):
+        return _rotate_server(home, issuer)
+
+
+def _rotate_server(home: ServerHome, issuer: Issuer) -> bool:
     folder = home.identity
     key = new_tls_key()
     withdraw(Registry(home.database), AGGREGATOR)
@@ -126,9 +138,14 @@ def rotate_authority(custody: Custody, keep_in: Path | None = None) -> Trust:
     Raises
     ------
     ConsiliumError
-        ``identity.rotation-open`` while a rotation is not finished, and what
-        :meth:`Custody.authority` raises.
+        ``identity.rotation-open`` while a rotation is not finished, ``state.running`` while
+        another process changes keys, and what :meth:`Custody.authority` raises.
     """
+    with changing_keys(custody.home):
+        return _rotate_authority(custody, keep_in)
+
+
+def _rotate_authority(custody: Custody, keep_in: Path | None) -> Trust:
     home, folder = custody.home, custody.home.identity
     trust = Trust.read(folder / "authority.pem")
     if len(trust.authorities) > 1:
@@ -160,7 +177,8 @@ def rotate_authority(custody: Custody, keep_in: Path | None = None) -> Trust:
         install_pair(folder, "authority", private_pem(new.key, custody.passphrase), bundle.pem())
     else:
         write_atomic(folder / "authority.pem", bundle.pem(), mode=0o644)
-    renew_operator(home, load_issuer(home, custody.passphrase))
+    # By the new key itself, which is at hand now even where it is kept offline from here on.
+    renew_operator(home, AtHand(new))
     return bundle
 
 
@@ -187,8 +205,13 @@ def finish_rotation(custody: Custody, *, force: bool = False, distrust: bool = F
     ------
     ConsiliumError
         ``identity.no-rotation``; ``identity.rotation-unfinished`` names the members that are not
-        ready.
+        ready; ``state.running`` while another process changes keys.
     """
+    with changing_keys(custody.home):
+        return _finish_rotation(custody, force=force, distrust=distrust)
+
+
+def _finish_rotation(custody: Custody, *, force: bool, distrust: bool) -> list[str]:
     home, folder = custody.home, custody.home.identity
     trust = Trust.read(folder / "authority.pem")
     if len(trust.authorities) < 2:
@@ -199,6 +222,9 @@ def finish_rotation(custody: Custody, *, force: bool = False, distrust: bool = F
             hint="Begin one with `consilium server rotate authority`.",
         )
     new = custody.authority()
+    if not trust.in_force(read_certificate(folder / "operator.pem")):
+        # Cut short when the rotation began: its keys lie here, it needs no invitation.
+        renew_operator(home, AtHand(new))
     behind = members_behind(Registry(home.database), trust)
     if behind and not force:
         raise ConsiliumError(
@@ -223,7 +249,7 @@ def finish_rotation(custody: Custody, *, force: bool = False, distrust: bool = F
     # The bundle last: until it is written all of this can be done again.
     write_atomic(folder / "authority.pem", Trust((new.certificate,), former).pem(), mode=0o644)
     (folder / "authority-old-key.pem").unlink(missing_ok=True)
-    renew_server_if_due(home, load_issuer(home, custody.passphrase))
+    renew_own(home, load_issuer(home, custody.passphrase))
     return behind
 
 

@@ -17,6 +17,8 @@ from consilium_common.models.registry import MAX_PARAMETERS
 from consilium_common.wire.methods import OPERATOR_PROPOSE
 
 if TYPE_CHECKING:
+    from consilium_common.study import Study
+
     # Not at run time: Flower brings gRPC into a run's process before ours could restrict it.
     from consilium_common.wire.channel import Caller
 
@@ -94,6 +96,22 @@ class PublicStarts:
         part.replace(whole)
         sync_folder(self._folder)
 
+    def require(self, study: Study) -> None:
+        """Refuse a study whose starting weights are not here.
+
+        Raises
+        ------
+        ConsiliumError
+            ``study.start``.
+        """
+        start = study.model.start
+        if start is not None and not self.path(start.sha256).exists():
+            raise ConsiliumError(
+                "study.start",
+                f"The starting weights {start.sha256[:12]}… that the study names are not here.",
+                hint="Propose it with `consilium study propose FILE --start WEIGHTS.safetensors`.",
+            )
+
     def read(self, sha256: str) -> bytes:
         """Return a file's content.
 
@@ -111,6 +129,38 @@ class PublicStarts:
                 where=str(self.path(sha256)),
                 hint="Propose the study again with --start; nothing else changes.",
             ) from error
+
+
+def read_start(study: Study, file: Path | None) -> bytes | None:
+    """Return the weights a study begins with, checked against it; None where it names none.
+
+    Raises
+    ------
+    ConsiliumError
+        ``study.start``.
+    """
+    from consilium_common.models.registry import start_weights
+
+    if file is None and study.model.start is None:
+        return None
+    if file is None:
+        raise ConsiliumError(
+            "study.start",
+            "The study begins with public weights, and no file of them was given.",
+            where="model.start",
+            hint="Give it: consilium study propose FILE --start WEIGHTS.safetensors",
+        )
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConsiliumError(
+            "study.start",
+            f"Cannot read the starting weights: {error.strerror or error}.",
+            where=str(file),
+            hint="Give the safetensors file that model.start.sha256 names.",
+        ) from error
+    start_weights(study, content)
+    return content
 
 
 def send_start(caller: Caller, content: bytes) -> None:

@@ -11,14 +11,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.privacy.accounting import parameters
 from consilium_common.report.wording import plus_minus
 from consilium_common.study import Study
 from consilium_common.study.statistics import Table, tables
-from consilium_common.wire.messages import figures_of
-from consilium_server.asking import Asking, Participant
+from consilium_server.asking import Asking, Participant, Patience, Reply
 from consilium_server.registry import Registry
 from consilium_server.tables import StatisticsRow, now
 
@@ -33,7 +31,11 @@ _LARGEST: Final = 1e12
 
 
 def gather(
-    study: Study, asking: Asking, registry: Registry, note: Callable[[str, bytes], None]
+    study: Study,
+    asking: Asking,
+    registry: Registry,
+    note: Callable[[str, dict[str, float]], None],
+    patience: Patience,
 ) -> None:
     """Ask every site for the study's statistics and keep what comes; does nothing the second time.
 
@@ -43,12 +45,10 @@ def gather(
     Parameters
     ----------
     note : callable
-        Called with a site's name and the canonical JSON of what it released.
-
-    Raises
-    ------
-    ConsiliumError
-        ``run.quorum`` when too few sites are online to begin the study.
+        Called with a site's name and what it released.
+    patience : callable
+        Called again and again with what is waited for, while too few sites are online to begin
+        the study; what it raises ends the waiting.
     """
     plan = parameters(study)
     if plan is None or plan.statistics_deviation is None:
@@ -57,12 +57,12 @@ def gather(
     if known is not None and known.figures:
         return
     wanted = tables(study)
-    participants = asking.wait_for_quorum()
+    participants = asking.wait_for_quorum(patience)
     figures: dict[str, dict[str, float]] = {}
 
-    def accept(site: Participant, content: Any) -> None:
-        found = checked(figures_of(content), wanted)
-        note(site.name, canonical_json(found))
+    def accept(site: Participant, reply: Reply) -> None:
+        found = checked(reply.figures, wanted)
+        note(site.name, found)
         figures[site.name] = found
 
     replies = asking.ask(participants, 0, None, "query", accept=accept)

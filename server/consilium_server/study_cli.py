@@ -10,20 +10,22 @@ import typer
 from consilium_common.console import command, result
 from consilium_common.identity.cli import Connect
 from consilium_common.wire import methods
-from consilium_server.home import ServerHome
+from consilium_server import running_cli
 from consilium_server.options import DEFAULT_HOME, Home
+from consilium_server.running_cli import Which, ask
 from consilium_server.signing_cli import sign
+from consilium_server.simulating_cli import simulate
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from consilium_common.study import Study
 
 app = typer.Typer(no_args_is_help=True, help="Propose, run and watch studies.")
 app.command("sign")(sign)
+app.command("simulate")(simulate)
+app.add_typer(running_cli.app)
 
 File = Annotated[Path, typer.Argument(help="The study's YAML file.", metavar="FILE")]
-Which = Annotated[str, typer.Argument(help="Name, or the first digits of the digest.")]
 
 
 @app.command()
@@ -64,7 +66,11 @@ def examples(
 @app.command()
 @command
 def propose(
-    file: File,
+    study: Annotated[
+        str,
+        typer.Argument(help="The study's YAML file, or the digest of a draft.", metavar="STUDY"),
+    ],
+    *,
     start: Annotated[
         Path | None,
         typer.Option(
@@ -75,53 +81,112 @@ def propose(
         list[str] | None,
         typer.Option(help="Propose it to this site alone; repeatable (default: to all)."),
     ] = None,
+    draft: Annotated[
+        bool,
+        typer.Option("--draft", help="Keep it at the aggregator; no site sees it yet."),
+    ] = False,
     home: Home = DEFAULT_HOME,
     connect: Connect = None,
 ) -> None:
     """Sign a study and propose it to all sites, or to some."""
     from consilium_common.identity.personal import person
     from consilium_common.study.check import check as check_file
+    from consilium_common.study.load import study_from_canonical
     from consilium_common.wire.statements import proposal_statement
+    from consilium_server.starts import read_start, send_start
 
-    who = person(connect, home)
-    study = check_file(file).study
-    weights = _starting_weights(study, start)
-    signature = who.sign(proposal_statement(study.digest, who.name))
+    who, file = person(connect, home), Path(study)
+    if file.is_file() or file.suffix in (".yaml", ".yml"):
+        read = check_file(file).study
+    else:
+        shown = ask(home, connect, methods.OPERATOR_SHOW, {"digest": study})
+        read = study_from_canonical(shown["study"])
+    request: dict[str, Any] = {
+        "canonical": read.to_canonical(),
+        "sites": site or None,
+        "draft": draft,
+    }
+    if not draft:
+        request["signature"] = who.sign(proposal_statement(read.digest, who.name))
+    # Of a draft that is proposed the weights are there already.
+    weights = read_start(read, start) if file.is_file() or start else None
     with who.caller() as caller:
         if weights is not None:
-            from consilium_server.starts import send_start
-
             send_start(caller, weights)
-        answer = caller.call(
-            methods.OPERATOR_PROPOSE,
-            {"canonical": study.to_canonical(), "signature": signature, "sites": site or None},
-        )
-    known = " (it was proposed before)" if answer["known"] else ""
+        answer = caller.call(methods.OPERATOR_PROPOSE, request)
+    known = " (it was there before)" if answer["known"] else ""
+    digest = read.digest[:12]
     result(
         answer,
-        f"Proposed {study.name}, digest {study.digest[:12]}{known}.\n"
+        f"Kept {read.name} as a draft, digest {digest}{known}.\n"
+        f"Propose it with `consilium study propose {digest}`."
+        if draft
+        else f"Proposed {read.name}, digest {digest}{known}.\n"
         "Sites see it with `consilium site studies` and decide with `consilium site approve`.",
     )
+
+
+@app.command()
+@command
+def clone(
+    study: Which,
+    *,
+    out: Annotated[Path, typer.Option(help="YAML file to write; it must not exist.")],
+    name: Annotated[str | None, typer.Option(help="Name of the new study.")] = None,
+    home: Home = DEFAULT_HOME,
+    connect: Connect = None,
+) -> None:
+    """Write a study's YAML to a file, for changing: every change makes another study."""
+    import yaml
+
+    from consilium_common.files import require_new, write_atomic
+
+    require_new(out)
+    shown = ask(home, connect, methods.OPERATOR_SHOW, {"digest": study})
+    text = yaml.safe_dump(_renamed(shown["study"], name), sort_keys=False, allow_unicode=True)
+    write_atomic(out, f"# From {shown['name']}, digest {shown['digest'][:12]}.\n{text}".encode())
+    result(
+        {"file": str(out), "of": shown["digest"]},
+        f"Wrote {out}. Change it, then: consilium study check {out}",
+    )
+
+
+@app.command()
+@command
+def compare(
+    first: Which,
+    second: Which,
+    home: Home = DEFAULT_HOME,
+    connect: Connect = None,
+) -> None:
+    """Compare two studies: what differs in their documents, and what came of each."""
+    from consilium_server.comparing import print_comparison, side_by_side
+
+    data = side_by_side(
+        *(ask(home, connect, methods.OPERATOR_SHOW, {"digest": one}) for one in (first, second))
+    )
+    result(data, lambda console: print_comparison(data, console))
 
 
 @app.command("list")
 @command
 def list_studies(home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
     """List studies and where they stand."""
-    data = _call(home, connect, methods.OPERATOR_STUDIES, {})
+    data = ask(home, connect, methods.OPERATOR_STUDIES, {})
 
     def people(console: Console) -> None:
         from rich.table import Table
 
-        table = Table("study", "digest", "state", "rounds", "approved by", "reason")
+        table = Table("study", "digest", "state", "priority", "rounds", "approved by", "why")
         for row in data["studies"]:
             table.add_row(
                 row["name"],
                 row["digest"][:12],
-                row["state"],
+                row["state"] + (f", place {row['place']}" if row["place"] else ""),
+                str(row["priority"]),
                 f"{row['rounds_done']}/{row['rounds']}",
                 str(row["approved"]),
-                row["reason"],
+                row["waits_for"] or row["reason"],
             )
         console.print(table)
 
@@ -132,7 +197,7 @@ def list_studies(home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
 @command
 def show(study: Which, home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
     """Show a study: approvals, rounds, sites, ε."""
-    data = _call(home, connect, methods.OPERATOR_SHOW, {"digest": study})
+    data = ask(home, connect, methods.OPERATOR_SHOW, {"digest": study})
 
     def people(console: Console) -> None:
         from consilium_server.watching import study_view
@@ -142,103 +207,36 @@ def show(study: Which, home: Home = DEFAULT_HOME, connect: Connect = None) -> No
     result(data, people)
 
 
+def _renamed(document: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """Return a study's document under another name, in the order of a study file."""
+    from pydantic import ValidationError
+
+    from consilium_common.errors import ConsiliumError
+    from consilium_common.study import Study
+
+    document = document if name is None else {**document, "name": name}
+    try:
+        return Study.model_validate(document).to_canonical()
+    except ValidationError as error:
+        if name is not None and any(one["loc"] == ("name",) for one in error.errors()):
+            raise ConsiliumError(
+                "usage.name",
+                f"{name!r} cannot be a study's name.",
+                where="--name",
+                hint="Take up to 63 small letters, digits, dots and hyphens, as in liver-ct-2.",
+            ) from error
+        return document  # of another release: `study check` says what to change in it
+
+
 @app.command()
 @command
 def stats(study: Which, home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
     """Show a study's statistics over sites: public values, and noised ones that it asks for."""
     from consilium_server.statistics import print_view, public_view
 
-    data = public_view(_call(home, connect, methods.OPERATOR_SHOW, {"digest": study}))
+    data = public_view(ask(home, connect, methods.OPERATOR_SHOW, {"digest": study}))
 
     def people(console: Console) -> None:
         print_view(data, console)
 
     result(data, people)
-
-
-@app.command()
-@command
-def run(
-    study: Which,
-    home: Home = DEFAULT_HOME,
-    connect: Connect = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Stay and watch it.")] = False,
-) -> None:
-    """Start an approved study, or go on with one that stopped, from its last round."""
-    data = _call(home, connect, methods.OPERATOR_RUN, {"digest": study})
-    if watch:
-        _watch(home, connect, data["digest"])
-    else:
-        result(data, f"Running. Watch it with `consilium study watch {data['digest'][:12]}`.")
-
-
-@app.command()
-@command
-def watch(study: Which, home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
-    """Watch a study live until it ends; ends with an error status when the study does."""
-    _watch(home, connect, study)
-
-
-@app.command()
-@command
-def stop(study: Which, home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
-    """Stop a running study; finished rounds are kept and it can be run on."""
-    data = _call(home, connect, methods.OPERATOR_STOP, {"digest": study})
-    result(data, "Stopped. Go on with `consilium study run`.")
-
-
-def _starting_weights(study: Study, file: Path | None) -> bytes | None:
-    """Return the weights a study begins with, checked against it; None where it names none."""
-    from consilium_common.errors import ConsiliumError
-    from consilium_common.models.registry import start_weights
-
-    if file is None and study.model.start is None:
-        return None
-    if file is None:
-        raise ConsiliumError(
-            "study.start",
-            "The study begins with public weights, and no file of them was given.",
-            where="model.start",
-            hint="Give it: consilium study propose FILE --start WEIGHTS.safetensors",
-        )
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ConsiliumError(
-            "study.start",
-            f"Cannot read the starting weights: {error.strerror or error}.",
-            where=str(file),
-            hint="Give the safetensors file that model.start.sha256 names.",
-        ) from error
-    start_weights(study, content)
-    return content
-
-
-def _call(home: Path, connect: Path | None, method: str, request: dict[str, Any]) -> Any:
-    from consilium_common.identity.personal import connect as connect_to
-
-    with connect_to(connect, home) as caller:
-        return caller.call(method, request)
-
-
-def _watch(home: Path, connect: Path | None, study: str) -> None:
-    from consilium_common.errors import ConsiliumError
-    from consilium_common.identity.personal import connect as connect_to
-    from consilium_server.watching import evaluation_line, follow
-
-    with connect_to(connect, home) as caller:
-        data = follow(lambda: caller.call(methods.OPERATOR_SHOW, {"digest": study}))
-    if data["state"] != "finished":
-        raise ConsiliumError(
-            "run.failed" if data["state"] == "failed" else "run.stopped",
-            f"The study {data['name']} {data['state']}: {data['reason']}",
-            hint="Mend the cause, then go on with `consilium study run`; no round is lost.",
-        )
-    why = f": {data['reason']}" if data["reason"] else ""
-    lines = [f"{data['name']} finished after {len(data['rounds'])} rounds{why}."]
-    if data["evaluation"]:
-        lines.append(evaluation_line(data["evaluation"]))
-    if connect is None:
-        folder = ServerHome.existing(home).study_folder(data["digest"])
-        lines.append(f"The model: {folder / 'model.safetensors'}")
-    result(data, "\n".join(lines))

@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.identity.authority import Authority
@@ -29,8 +31,10 @@ from consilium_common.processes import (
     check_port_free,
     flower_environment,
     free_port,
+    only_one,
     wait_for_port,
 )
+from consilium_common.service import Service
 from consilium_server.acts import Acts
 from consilium_server.fleet import Arrivals, FleetForwarder
 from consilium_server.flower_private import Control, node_key_bytes, superlink_command
@@ -38,15 +42,20 @@ from consilium_server.gateway import Gateway
 from consilium_server.handshakes import reworded
 from consilium_server.home import HOME_VARIABLE, ServerHome
 from consilium_server.issuing import Issuer, load_issuer, renew_server_if_due
+from consilium_server.kicks import Kicks
 from consilium_server.limits import Limits
 from consilium_server.peers import Doorkeeper
 from consilium_server.registry import Registry
+from consilium_server.scheduler import Scheduler
 from consilium_server.services import services
+from consilium_server.tables import now
+from consilium_server.transfers import Transfers
 from consilium_server.witness import Witness, WitnessKey
 
 _log = logging.getLogger(__name__)
 
 _SUPERLINK_START_SECONDS = 60.0
+_AGAIN_SECONDS = 1.0
 #: The aggregator looks this often whether its own certificates are due for renewal.
 _RENEWAL_SECONDS = 3600.0
 
@@ -69,13 +78,20 @@ async def serve(
     Raises
     ------
     ConsiliumError
-        ``state.port-in-use``, ``state.child``, ``usage.limits``; ``identity.*`` when the
-        authority's key does not open.
+        ``state.running``, ``state.port-in-use``, ``state.child``, ``usage.limits``;
+        ``identity.*`` when the authority's key does not open.
     """
     check_port_free(host, port)
     limits = Limits.read(home.config_file)
     issuer = load_issuer(home, passphrase)
-    with reworded():
+    with (
+        only_one(
+            home.run / "lock",
+            "This aggregator is running already.",
+            hint="Stop the other `consilium server start` first.",
+        ),
+        reworded(),
+    ):
         _raise_open_files()
         await _serve(
             home,
@@ -87,6 +103,34 @@ async def serve(
         )
 
 
+class Journal:
+    """Says what the supervisor does and keeps the last of it in a file, for `server doctor`.
+
+    Parameters
+    ----------
+    path : Path
+        Holds a JSON list of ``{"at", "what"}``, the newest last.
+    """
+
+    _KEPT = 50
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path = path
+        self._say = say
+
+    def __call__(self, what: str) -> None:
+        """Say it and keep it."""
+        self._say(what)
+        try:
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            kept = []
+        kept = [*kept, {"at": now(), "what": what}][-self._KEPT :]
+        # A full disk must not end the supervisor.
+        with contextlib.suppress(OSError, ConsiliumError):
+            write_atomic(self._path, json.dumps(kept).encode(), durable=False)
+
+
 async def _serve(
     home: ServerHome,
     issuer: Issuer,
@@ -96,11 +140,13 @@ async def _serve(
     listen: tuple[str, int],
     say: Callable[[str], None],
 ) -> None:
+    service = Service()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
 
+    say = Journal(home.run / "supervisor.json", say)
     registry = Registry(home.database)
     host, port = listen
     witness, acts = Witness(registry, witness_key), Acts(registry, witness_key)
@@ -115,13 +161,31 @@ async def _serve(
     }
     environment.pop("GRPC_VERBOSITY", None)  # set for this process alone
     ready = asyncio.Event()
+    scheduler = Scheduler(
+        home, registry, Control(address, certificate), lambda: ready.is_set() and superlink.alive
+    )
+
+    async def forget() -> None:
+        ready.clear()
 
     async def prepare() -> None:
         await wait_for_port(
             superlink_port, timeout=_SUPERLINK_START_SECONDS, alive=lambda: superlink.alive
         )
         await asyncio.to_thread(_teach, registry, Control(address, certificate))
+        who = "SuperLink" if superlink.restarts else "aggregator"
+        await scheduler.lost(f"the {who} was started anew", stop=False)
         ready.set()
+
+    async def give_up_runs() -> None:
+        while executor.restarts:
+            try:
+                await scheduler.lost("the executor of its rounds was started anew", stop=True)
+                return
+            except SQLAlchemyError as error:
+                # Until it is written, nobody would begin those runs again.
+                _log.error("the registry cannot be written: %s", type(error).__name__)
+                await asyncio.sleep(_AGAIN_SECONDS)
 
     superlink = Child(
         "superlink",
@@ -134,7 +198,9 @@ async def _serve(
         environment=environment,
         logs=home.logs,
         say=say,
+        before_start=forget,
         after_start=prepare,
+        run=home.run,
     )
     executor = Child(
         "executor",
@@ -149,6 +215,8 @@ async def _serve(
         environment=environment,
         logs=home.logs,
         say=say,
+        before_start=give_up_runs,
+        run=home.run,
     )
     tasks = [asyncio.create_task(superlink.supervise())]
     fleet: FleetForwarder | None = None
@@ -156,7 +224,7 @@ async def _serve(
     try:
         await _first(ready.wait(), stop.wait())
         tasks.append(asyncio.create_task(executor.supervise()))
-        fleet = FleetForwarder(f"https://{address}", certificate, home.kick)
+        fleet = FleetForwarder(f"https://{address}", certificate, Kicks(home.kicks))
         gateway = Gateway(
             Doorkeeper(lambda: issuer.trust, registry, acts),
             fleet,
@@ -167,17 +235,28 @@ async def _serve(
                 issuer,
                 Control(address, certificate),
                 witness,
+                scheduler=scheduler,
             ),
-            limits,
+            Transfers(home, registry).table(),
+            limits=limits,
         )
         await gateway.start(host, port, home.identity)
-        tasks.append(asyncio.create_task(_renew_for_ever(home, issuer)))
+        tasks += [
+            asyncio.create_task(work)
+            for work in (
+                scheduler.run_for_ever(),
+                _renew_for_ever(home, issuer),
+                service.alive_for_ever(),
+            )
+        ]
         status = {"pid": os.getpid(), "address": f"{host}:{port}"}
         write_atomic(home.run / "status.json", json.dumps(status).encode())
         say(f"the aggregator listens on {host}:{port} (mutual TLS 1.3)")
+        service.ready(f"listens on {host}:{port}")
         await stop.wait()
         say("stopping")
     finally:
+        service.stopping()
         (home.run / "status.json").unlink(missing_ok=True)
         if gateway is not None:
             await gateway.stop()
@@ -191,19 +270,11 @@ async def _serve(
 
 
 def _teach(registry: Registry, control: Control) -> None:
-    """Tell a SuperLink that has just started what it does not remember.
-
-    Every active site's key is registered anew. A study that ran stands still now: its state says
-    so, and how to go on.
-    """
+    """Tell a SuperLink that has just started what it does not remember: every active site's key."""
     for site in registry.sites():
         if site.status == "active":
             key = describe(load_certificate(site.certificate_pem.encode())).public_key
             registry.set_node(site.name, control.register_node(node_key_bytes(key), site.name))
-    for digest in registry.running():
-        registry.set_study_state(
-            digest, "stopped", "the aggregator was restarted; go on with `consilium study run`"
-        )
     control.close()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import JSON, String, UniqueConstraint
@@ -15,7 +18,7 @@ ONLINE_SECONDS = 12.0
 
 
 class Base(DeclarativeBase):
-    """All tables of ``registry.db``."""
+    """All tables of the registry."""
 
 
 class Member(Base):
@@ -32,11 +35,15 @@ class Member(Base):
     node_id: Mapped[str | None]  #: Flower's node id, decimal
     joined_at: Mapped[str]
     last_seen: Mapped[str | None] = mapped_column(default=None)
+    #: When it was heard of last, by a clock that nobody sets: see :func:`heard_now`.
+    heard: Mapped[str | None] = mapped_column(default=None)
     session: Mapped[str | None] = mapped_column(default=None)  #: changes when the site restarts
     version: Mapped[str | None] = mapped_column(default=None)
     address: Mapped[str | None] = mapped_column(default=None)  #: it called from, without the port
     #: SHA-256 of the trust bundle that the member says it holds.
     trust: Mapped[str | None] = mapped_column(default=None)
+    #: Studies that it takes part in at a time, as it says; None: as many as there are.
+    studies_at_once: Mapped[int | None] = mapped_column(default=None)
     #: A renewed certificate, until it is used for the first time; then it is the one in force.
     next_serial: Mapped[str | None] = mapped_column(default=None)
     next_certificate_pem: Mapped[str | None] = mapped_column(default=None)
@@ -45,7 +52,7 @@ class Member(Base):
     @property
     def online(self) -> bool:
         """Whether the member may connect and was heard of a moment ago."""
-        return self.status == "active" and seconds_since(self.last_seen) < ONLINE_SECONDS
+        return self.status == "active" and _seconds_since_heard(self) < ONLINE_SECONDS
 
 
 class InvitationRow(Base):
@@ -74,16 +81,30 @@ class StudyRow(Base):
     proposed_at: Mapped[str]
     #: Names of the sites it is proposed to; None: to all.
     sites: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True), default=None)
-    #: proposed, running, finished, failed or stopped
+    #: One of `consilium_server.states.State`.
     state: Mapped[str] = mapped_column(default="proposed")
     reason: Mapped[str] = mapped_column(default="")
+    #: The Flower run that does its rounds; None while it runs and none was started yet.
     flower_run: Mapped[str | None] = mapped_column(default=None)
     started_at: Mapped[str | None] = mapped_column(default=None)
     ended_at: Mapped[str | None] = mapped_column(default=None)
+    #: Of queued studies the highest comes first, then the one that has waited longest.
+    priority: Mapped[int] = mapped_column(default=0, server_default="0")
+    queued_at: Mapped[str | None] = mapped_column(default=None)
+    #: Flower runs that died one after the other without a finished round, ...
+    failures: Mapped[int] = mapped_column(default=0, server_default="0")
+    #: ... the rounds that were done at the last of them, ...
+    failed_after: Mapped[int] = mapped_column(default=0, server_default="0")
+    #: ... and when the next is started.
+    not_before: Mapped[str | None] = mapped_column(default=None)
+    #: The operator who wants it paused after the round under way.
+    pause_by: Mapped[str | None] = mapped_column(default=None)
+    #: What a paused study waits for to go on by itself: ``disk``; empty: for a person.
+    goes_on_with: Mapped[str] = mapped_column(default="", server_default="")
 
     def proposed_to(self, site: str) -> bool:
         """Whether a site is to see it."""
-        return self.sites is None or site in self.sites
+        return self.state != "draft" and (self.sites is None or site in self.sites)
 
     @property
     def study(self) -> Study:
@@ -154,12 +175,25 @@ class StatisticsRow(Base):
     ended_at: Mapped[str] = mapped_column(default="")
 
 
-class Progress(Base):
-    """What a site said last about the running round; public facts alone."""
+class StudyEvent(Base):
+    """One change of a study's state: from what to what, by whom, why and when."""
 
-    __tablename__ = "progress"
+    __tablename__ = "study_history"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), index=True)
+    before: Mapped[str]  #: empty for the first
+    after: Mapped[str]
+    who: Mapped[str]  #: an operator, or ``aggregator``
+    why: Mapped[str]
+    at: Mapped[str]
+
+
+class Progress(Base):
+    """What a site said last about the running round of a study; public facts alone."""
+
+    __tablename__ = "study_progress"
     site: Mapped[str] = mapped_column(primary_key=True)
-    digest: Mapped[str]
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
     phase: Mapped[str]
     round: Mapped[int]
     step: Mapped[int]
@@ -221,17 +255,8 @@ APPEND_ONLY: Final = (
     Received.__tablename__,
     Alarm.__tablename__,
     ActRow.__tablename__,
+    StudyEvent.__tablename__,
 )
-
-
-def append_only_triggers() -> list[str]:
-    """Return the SQL that makes every table of :data:`APPEND_ONLY` refuse changes."""
-    return [
-        f"CREATE TRIGGER IF NOT EXISTS {table}_no_{action.lower()} BEFORE {action} ON {table}"
-        f" BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-        for table in APPEND_ONLY
-        for action in ("UPDATE", "DELETE")
-    ]
 
 
 def now() -> str:
@@ -244,3 +269,22 @@ def seconds_since(moment: str | None) -> float:
     if moment is None:
         return float("inf")
     return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+
+
+def heard_now() -> str:
+    """Return the moment by this machine's own clock, which jumps with nobody's correction."""
+    return f"{_boot()} {time.clock_gettime(time.CLOCK_BOOTTIME):.3f}"
+
+
+def _seconds_since_heard(member: Member) -> float:
+    if member.heard is None:
+        return seconds_since(member.last_seen)
+    boot, _, moment = member.heard.partition(" ")
+    if boot != _boot():
+        return float("inf")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - float(moment)
+
+
+@cache
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -40,12 +41,11 @@ from consilium_common.models.registry import (
     initial_weights,
     start_weights,
     trained_count,
-    trained_specs,
 )
-from consilium_common.models.weights import pack
+from consilium_common.models.weights import pack, unpack
 from consilium_common.privacy.accounting import epsilon_of, parameters
 from consilium_common.study import Study
-from consilium_server.aggregation import RunningMean, cohort_weights, running_average
+from consilium_server.aggregation import SiteUpdate, aggregate, cohort_weights, running_average
 
 IMAGES = Path(__file__).resolve().parents[3] / "shared" / "data" / "hippocampus"
 SITES: Final = {"a": 50, "b": 30, "c": 20}
@@ -251,24 +251,31 @@ def run(
     judge = TrainingSession(study, _cohort(test=split[held_out]), device="cpu")
     weights: Weights = initial_weights(study) if start is None else start_weights(study, start)
     before = judge.evaluate(weights, "test").mean_dice
-    shares = cohort_weights(SITES, study.federation.weighting)
-    specs, decay = trained_specs(study), study.federation.averaging
-    average = weights
+    shares, decay = cohort_weights(SITES, study.federation.weighting), study.federation.averaging
     clips: dict[str, float | None] = dict.fromkeys(SITES)
-    for index in range(study.federation.rounds):
-        mean = RunningMean(specs)
-        for site, session in sessions.items():
-            result = session.train(weights, index, SITES[site], clip_norm=clips[site])
-            clips[site] = result.clip_norm
-            mean.add(pack(result.tensors), shares[site])
-        weights = weights | mean.mean()
-        average = average | running_average(
-            average,
-            {spec.name: weights[spec.name] for spec in specs},
-            decay=decay,
-            rounds_done=index + 1,
-        )
-    after = judge.evaluate(average if decay else weights, "test")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, average = folder / "model", folder / "average"
+        for path in (model, average):
+            path.write_bytes(pack(weights))
+        for index in range(study.federation.rounds):
+            for site, session in sessions.items():
+                result = session.train(weights, index, SITES[site], clip_norm=clips[site])
+                clips[site] = result.clip_norm
+                (folder / site).write_bytes(pack(result.tensors))
+            aggregate(
+                study,
+                model,
+                [SiteUpdate(site, folder / site, shares[site], 1) for site in SITES],
+                None,
+                out=model,
+                out_state=folder / "state",
+                round_index=index,
+            )
+            running_average(average, model, decay=decay, rounds_done=index + 1, out=average)
+            weights = unpack(model.read_bytes())
+        averaged = unpack(average.read_bytes())
+    after = judge.evaluate(averaged if decay else weights, "test")
     private = parameters(study)
     return asdict(case) | {
         "dice": after.mean_dice,

@@ -4,7 +4,8 @@ Run ``python tests/benchmarks/wire.py``; it prints one JSON object. Every hop is
 own: an unmodified SuperLink, our gateway and our link, and Flower's own SuperNode connection, which
 speaks either to the SuperLink itself or to the link. The link's gate is at work as in a study: it
 judges the reply, writes its receipt and sends what the site has stored. Times are the SuperNode's:
-from asking for the message to its last object, and from announcing the reply to its last object.
+from asking for the message until the model is there (Flower: in memory; ours: on the disk), and
+from announcing the reply until all of it is taken.
 """
 
 from __future__ import annotations
@@ -181,19 +182,49 @@ class Bench:
         )
         self.link = stack.enter_context(process("link", self.site.path, self.link_port))
 
+    def _approve(self, study: Any) -> None:
+        from site_samples import NAME
+
+        from consilium_server.registry import Registry
+        from consilium_server.tables import Approval, now
+
+        with Registry(self.folder / "registry.db").transaction() as session:
+            session.add(
+                Approval(
+                    digest=study.digest,
+                    site=NAME,
+                    decision="approved",
+                    why="",
+                    cohort_size=20,
+                    evaluation_size=0,
+                    signature="",
+                    decided_at=now(),
+                )
+            )
+
     def run(self, grid: Any, millions: int, repeats: int) -> dict[str, Any]:
         """Measure both ways in turn, each ``repeats`` times after one to warm up."""
         import numpy as np
+        from flwr.app import Message
+        from site_samples import NAME
+        from wire_processes import flower_content
 
         from consilium_client.declared import declared
         from consilium_client.store import StudyStore
+        from consilium_common.files import write_atomic
         from consilium_common.models.weights import packed_header
+        from consilium_common.wire.messages import Instructions, to_site
+        from consilium_server.home import ServerHome
+        from consilium_server.study_files import StudyFiles
 
         study = study_of(millions)
         specs = declared(study).tensors
         parameters = sum(spec.size for spec in specs)
         store = StudyStore(self.site)
         store.decide(study, "approved", 20, "")
+        self._approve(study)
+        files = StudyFiles(ServerHome(self.folder).study_folder(study.digest))
+        model = self.folder / "model.safetensors"
         header = packed_header(specs)
 
         def blob() -> bytes:
@@ -216,12 +247,21 @@ class Bench:
                 assert node.stdin is not None
                 assert node.stdout is not None
                 # The SuperLink takes messages to nodes that are there alone.
-                pushed = grid.push_messages([_message(self.node, study.digest, number, content)])
+                if who == "flower":
+                    carried = flower_content(content)
+                else:
+                    write_atomic(model, content)  # replaced: what is on offer stays as it is
+                    files.expect(NAME, number, 2 * len(content))
+                    asked = Instructions(study.digest, number, 20, model=files.offer(model))
+                    carried = to_site(asked)
+                pushed = grid.push_messages(
+                    [Message(content=carried, dst_node_id=self.node, message_type="train")]
+                )
                 if not all(pushed):
                     raise RuntimeError("the SuperLink took no message")
-                del content
+                del content, carried
                 watched = {"gateway": Peak(self.gateway.pid), "link": Peak(self.link.pid)}
-                node.stdin.write(f"{number}\n")
+                node.stdin.write(f"{who} {number}\n")
                 node.stdin.flush()
                 measured = json.loads(node.stdout.readline())
                 if who == "consilium" and number >= 2:  # what is loaded once is no model's
@@ -234,18 +274,6 @@ class Bench:
             if number >= 2:
                 seconds[who].append(measured)
         return _figures(parameters, seconds, peaks)
-
-
-def _message(node: int, study: str, round_index: int, content: bytes) -> Any:
-    from flwr.app import Message
-
-    from consilium_common.wire.messages import Instructions, to_site
-
-    return Message(
-        content=to_site(Instructions(study, round_index, 20), content),
-        dst_node_id=node,
-        message_type="train",
-    )
 
 
 def _figures(
@@ -270,9 +298,7 @@ def _figures(
         },
         "megabytes_per_second": {who: round(2 * size / 1e6 / s, 1) for who, s in sums.items()},
         "peak_memory_beyond_idle_bytes": peaks,
-        "chunks_beyond_payload": {
-            name: round(max(0.0, (peak - size) / CHUNK), 1) for name, peak in peaks.items()
-        },
+        # Of the payload itself no hop holds more than the pieces under way.
         "chunks_beyond_idle": {name: round(peak / CHUNK, 1) for name, peak in peaks.items()},
     }
 

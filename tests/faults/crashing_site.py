@@ -21,7 +21,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from egress_samples import NODE, Question, gate_of
+from egress_samples import NODE, Question, gate_of, reference
 from egress_samples import Reply as Announcing
 from round_samples import (
     ROUNDS,
@@ -55,7 +55,7 @@ class Reply:
 
     def send(self, kind: str, number: int, blob: bytes | None, figures: dict[str, float]) -> None:
         question = Question(self._study, kind, number)
-        reply = Announcing(question, to_server(blob, figures))
+        reply = Announcing(question, to_server(None if blob is None else reference(blob), figures))
         faults.fault_point("reply.made")
         passed = self._gate.judge(question.asked(), reply.announced(), NODE)
         faults.fault_point("link.receipt")

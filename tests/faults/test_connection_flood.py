@@ -35,7 +35,7 @@ from raw_wire import (
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.wire.channel import Caller, Credentials
-from consilium_common.wire.methods import MEMBER_PROBE, SITE_STUDIES, fleet_method
+from consilium_common.wire.methods import MEMBER_PROBE, SITE_DELIVER, SITE_STUDIES, fleet_method
 
 HALF_OPEN = 600
 
@@ -147,7 +147,7 @@ def test_a_member_that_never_ends_its_calls_fills_only_its_own_places(
             connection = stack.enter_context(connect(federation.port, context))
             connection.sendall(PREFACE + settings(initial_window_size=0))
             for stream in range(1, 200, 2):
-                method = (MEMBER_PROBE, fleet_method("PushObject"))[stream // 2 % 2]
+                method = (MEMBER_PROBE, fleet_method("PushObject"), SITE_DELIVER)[stream // 2 % 3]
                 connection.sendall(
                     frame(HEADERS, END_HEADERS, stream, call_headers(method))
                     # A message of 5 MB is announced, and its first byte comes.

@@ -43,7 +43,7 @@ from test_connection_flood import Healthy, client_hello, credentials, listening
 
 from consilium_common.identity.keys import load_tls_key
 from consilium_common.wire.channel import CHANNEL_OPTIONS
-from consilium_common.wire.methods import FLEET_PATHS, SERVICE_ROLES, fleet_method
+from consilium_common.wire.methods import FLEET_PATHS, SERVICE_ROLES, STREAM_ROLES, fleet_method
 from consilium_common.wire.tls13 import grpc
 
 SEED = int(os.environ.get("CONSILIUM_FUZZ_SEED", "20240229"))
@@ -177,7 +177,8 @@ def http2_frames(source: random.Random, count: int) -> Iterator[bytes]:
 
 def grpc_frames(source: random.Random, count: int) -> Iterator[bytes]:
     """Yield calls whose messages lie about length, compression or number."""
-    methods = [*SERVICE_ROLES, *map(fleet_method, FLEET_PATHS), "/x", "", "/flwr.proto.Control/Run"]
+    methods = [*SERVICE_ROLES, *STREAM_ROLES, *map(fleet_method, FLEET_PATHS)]
+    methods += ["/x", "", "/flwr.proto.Control/Run"]
     stream = 1
     for _ in range(count):
         content = source.randbytes(source.choice((0, 1, 20, 300)))
@@ -226,10 +227,14 @@ def bodies(source: random.Random, node: int, key: bytes) -> tuple[str, bytes]:
             b'{"session": 1e999, "version": [], "protocol": {}}',
             b'{"version": "\\ud800", "session": "x"}',
             mutated(source, b'{"version": "1", "session": "a", "protocol": 1}'),
+            mutated(
+                source, b'{"study": "%s", "sha256": "%s", "bytes": 99}' % (b"d" * 64, b"a" * 64)
+            ),
+            mutated(source, b'{"study": "%s", "sha256": "../x", "offset": -1}' % (b"d" * 64)),
             source.randbytes(60),
         )
     )
-    return source.choice([*SERVICE_ROLES]), body
+    return source.choice([*SERVICE_ROLES, *STREAM_ROLES]), body
 
 
 async def send_bodies(federation: Federation, source: random.Random) -> int:
@@ -248,6 +253,7 @@ async def send_bodies(federation: Federation, source: random.Random) -> int:
             nonlocal sent
             method, body = bodies(source, node, node_key_bytes(public))
             with contextlib.suppress(grpc.aio.AioRpcError):
+                # A stream takes one message as well as many.
                 await channel.unary_unary(method)(body, timeout=20, metadata=metadata)
             sent += 1
 

@@ -6,6 +6,7 @@ The site is in a network namespace of its own; what lies between it and the aggr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,13 +34,14 @@ from federation import (
 from network import Line, Weather, missing
 
 from consilium_common.demo.hospitals import NAMES
+from consilium_common.wire.methods import CHUNK_BYTES
 
 LONG = os.environ.get("CONSILIUM_LONG_FAULTS") == "1"
 PARTITION_SECONDS = 600.0 if LONG else 20.0
 #: The site on the line, and one beside the aggregator.
 FAR, NEAR = NAMES[0], NAMES[1]
-#: Bytes per second, and how much of an update has gone when the line is cut.
-UPLOAD, CUT_AFTER = 100_000.0, 250_000
+#: Bytes per second from the site, and how much of its update has come when the line is cut.
+UPLOAD, CUT_AFTER = 400_000.0, CHUNK_BYTES
 
 pytestmark = [
     pytest.mark.soak,
@@ -101,8 +103,8 @@ def study(name: str, *, rounds: int = 2, quorum: int = 2, **parts: Any) -> dict[
 
 
 def heavy(name: str, *, quorum: int) -> dict[str, Any]:
-    """Return a private study whose update takes several seconds to send."""
-    model = {"arguments": {"channels": [8, 16, 64, 64], "strides": [2, 2, 1]}}
+    """Return a private study whose update has 3.5 MB: several pieces, and seconds to send."""
+    model = {"arguments": {"channels": [8, 16, 128, 192], "strides": [2, 2, 1]}}
     return study(name, quorum=quorum, model=model, **PRIVATE)
 
 
@@ -114,6 +116,23 @@ def counted(consortium: OverLine, digest: str) -> list[tuple[str, int, str]]:
             (digest, FAR),
         ).fetchall()
     return [(purpose, number, sha256) for purpose, number, sha256 in rows]
+
+
+def received_bytes(consortium: OverLine, digest: str) -> int:
+    """Return the size of the far site's first update."""
+    with sqlite3.connect(f"file:{consortium.home / 'registry.db'}?mode=ro", uri=True) as database:
+        (size,) = database.execute(
+            "SELECT bytes FROM received WHERE study = ? AND site = ? ORDER BY id", (digest, FAR)
+        ).fetchone()
+    return int(size)
+
+
+def come(consortium: OverLine, digest: str) -> int:
+    """Return how many bytes of the far site's update are on the aggregator's disk, not all yet."""
+    folder = consortium.home / "studies" / digest[:16] / "in" / FAR
+    with contextlib.suppress(FileNotFoundError):
+        return sum(path.stat().st_size for path in folder.glob("*.part"))
+    return 0
 
 
 def check_once(consortium: OverLine, found: dict[str, Any], out: Path) -> None:
@@ -169,12 +188,11 @@ def test_a_partition_in_mid_upload_makes_nothing_count_twice(
     assert far.running is not None
     line.weather = Weather(upload=UPLOAD)
     digest = consortium.begin(heavy(f"partition-{quorum}", quorum=quorum))
-    before = line.sent
-    wait_for(lambda: line.sent - before > CUT_AFTER, "the upload to be under way", timeout=150)
-    assert consortium.show(digest)["rounds"] == []
-    assert counted(consortium, digest) == []
+    wait_for(lambda: come(consortium, digest) >= CUT_AFTER, "the upload", timeout=150, pause=0.01)
     line.weather = Weather(upload=UPLOAD, cut=True)
     cut_at = time.monotonic()
+    assert consortium.show(digest)["rounds"] == []
+    assert counted(consortium, digest) == []
     if quorum == 1:
         # The round goes on without the site that fell silent.
         found = consortium.wait_until(digest, lambda d: bool(d["rounds"]), "a round", timeout=200)
@@ -182,8 +200,16 @@ def test_a_partition_in_mid_upload_makes_nothing_count_twice(
         assert FAR in found["rounds"][0]["dropped"]
     time.sleep(max(0.0, PARTITION_SECONDS - (time.monotonic() - cut_at)))
     said = len(far.running.output)
+    held, before = come(consortium, digest), line.sent
     line.weather = Weather()
     mended_at = time.monotonic()
+    if quorum == 2:
+        # What had come is not sent again.
+        wait_for(lambda: counted(consortium, digest), "the update", timeout=120, pause=0.02)
+        sent, whole = line.sent - before, received_bytes(consortium, digest)
+        print(f"of {whole} bytes {held} had come; sent after the cut: {sent}")
+        assert CUT_AFTER <= held < whole
+        assert sent < 1.1 * (whole - held) + 200_000 < whole
     wait_for(lambda: _online(consortium, FAR), "the site to be back", timeout=120)
     print(f"partition of {time.monotonic() - cut_at:.0f} s with quorum {quorum}: online again"
           f" {time.monotonic() - mended_at:.1f} s after the line was")  # fmt: skip

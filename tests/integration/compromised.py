@@ -16,17 +16,20 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from egress_samples import NODE, Question, SuperLink, walk
+from egress_samples import NODE, Question, SuperLink, reference, walk
 from federation import PRIVATE, Federation, Site, small_study, wait_for
 from flwr.app import RecordDict
 from flwr.proto.fab_pb2 import Fab, GetFabResponse
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 from flwr.proto.run_pb2 import GetRunResponse, Run
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from consilium_client.home import SiteHome
 from consilium_client.store import StudyStore
+from consilium_common.canonical import canonical_json
 from consilium_common.demo.hospitals import NAMES
+from consilium_common.errors import ConsiliumError
 from consilium_common.flower_bundle import bundle, bundle_hash
 from consilium_common.identity.certificates import read_certificate
 from consilium_common.identity.keys import load_signing_key
@@ -34,16 +37,18 @@ from consilium_common.ledger.store import Ledger
 from consilium_common.models.registry import initial_weights
 from consilium_common.models.weights import pack
 from consilium_common.study import Study
-from consilium_common.wire.messages import Instructions, to_site
-from consilium_common.wire.methods import SITE_WITNESS
+from consilium_common.wire.messages import Instructions, Reference, to_site, update_of
+from consilium_common.wire.methods import CHUNK_BYTES, SITE_DELIVER, SITE_FETCH, SITE_WITNESS
 from consilium_server.acts import Acts
 from consilium_server.fleet import Arrivals
 from consilium_server.gateway import Gateway
 from consilium_server.home import ServerHome
 from consilium_server.issuing import load_issuer
-from consilium_server.peers import Doorkeeper
+from consilium_server.peers import Doorkeeper, Peer
 from consilium_server.registry import Registry
+from consilium_server.scheduler import Scheduler
 from consilium_server.services import services
+from consilium_server.transfers import Line
 from consilium_server.witness import Witness, WitnessKey
 
 HOSPITAL = NAMES[1]
@@ -59,15 +64,25 @@ class Compromised(SuperLink):
     ----------
     lies : dict
         By method of our own services: turns request and true answer into what is answered.
+    files : dict
+        The updates that came, by their SHA-256.
     """
 
     def __init__(self, federation: Federation) -> None:
         super().__init__()
         self.lies: dict[str, Lie] = {}
+        #: What Site/Fetch answers under a name, whatever the name says.
+        self.models: dict[str, bytes] = {}
         self._federation = federation
         self._bundles = {HONEST_RUN: (bundle_hash(), bundle())}
         self._loop = asyncio.new_event_loop()
         self._ended = asyncio.Event()
+
+    def offer(self, content: bytes) -> Reference:
+        """Have a model ready under its true name."""
+        named = reference(content)
+        self.models[named.sha256] = content
+        return named
 
     def send_bundle(self, run_id: int, claimed: str, content: bytes) -> None:
         """Answer GetRun and GetFab of a run with this."""
@@ -98,7 +113,9 @@ class Compromised(SuperLink):
     async def forward(self, call: str, body: bytes, headers: Any) -> tuple[int, bytes]:
         return 200, self._answer(call, body, dict(headers))
 
-    async def pull(self, body: bytes, headers: Any, admit: Callable[[], Any]) -> tuple[int, bytes]:
+    async def pull(
+        self, node: str, body: bytes, headers: Any, admit: Callable[[], Any]
+    ) -> tuple[int, bytes]:
         end = time.monotonic() + 10
         while not self.waiting and time.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -117,6 +134,27 @@ class Compromised(SuperLink):
         elif call == "SendNodeHeartbeat":
             said = SendNodeHeartbeatResponse(success=True).SerializeToString()
         return said
+
+    # --- the two streams -----------------------------------------------------------------------
+
+    async def _fetch(self, _: Peer, line: Line) -> None:
+        asked = json.loads(await line.read() or b"")
+        content = self.models.get(asked["sha256"])
+        if content is None:
+            raise ConsiliumError("run.no-model", "There is none.")
+        for at in range(asked["offset"], len(content), CHUNK_BYTES):
+            await line.write(content[at : at + CHUNK_BYTES])
+
+    async def _deliver(self, _: Peer, line: Line) -> None:
+        announced = json.loads(await line.read() or b"")
+        await line.write(b'{"held":0}')
+        came = b""
+        while len(came) < announced["bytes"]:
+            piece = await line.read()
+            assert piece is not None
+            came += piece
+        self.files[reference(came).sha256] = came
+        await line.write(canonical_json({"held": len(came)}))
 
     # --- serving -----------------------------------------------------------------------------
 
@@ -142,12 +180,20 @@ class Compromised(SuperLink):
         registry.set_node(HOSPITAL, NODE)
         issuer = load_issuer(home)
         key = witness_key(home)
-        honest = services(home, registry, issuer, None, Witness(registry, key))  # type: ignore[arg-type]
+        honest = services(
+            home,
+            registry,
+            issuer,
+            None,  # type: ignore[arg-type]
+            Witness(registry, key),
+            scheduler=Scheduler(home, registry, None, lambda: False),  # type: ignore[arg-type]
+        )
         gateway = Gateway(
             Doorkeeper(lambda: issuer.trust, registry, Acts(registry, key)),
             self,  # type: ignore[arg-type]
             Arrivals(home.arrived),
             {method: self._lying(method, service) for method, service in honest.items()},
+            {SITE_FETCH: self._fetch, SITE_DELIVER: self._deliver},
         )
         await gateway.start("127.0.0.1", self._federation.port, home.identity)
         ready.set()
@@ -167,6 +213,14 @@ class Compromised(SuperLink):
             return said if lie is None else lie(request, said)
 
         return answer
+
+
+def content_of(reply: PushMessagesRequest, objects: dict[str, bytes]) -> RecordDict:
+    """Return what a reply carries."""
+    own = reply.message_object_trees[0].object_id
+    of_it = {name: objects[name] for name in walk(reply.message_object_trees[0])}
+    content: RecordDict = inflate_object_from_contents(own, of_it).content
+    return content
 
 
 def witness_key(home: ServerHome) -> WitnessKey:
@@ -219,14 +273,18 @@ class Scene:
         *,
         study: str = "approved",
         blob: bytes | None = None,
+        model: Reference | None = None,
         cohort: int = COHORT,
         content: RecordDict | None = None,
         run_id: int = HONEST_RUN,
     ) -> Question:
         if content is None:
-            weights = None if kind == "query" else self.model() if blob is None else blob
             digest = self.digests.get(study, study)
-            content = to_site(Instructions(digest, number, cohort), weights)
+            if kind == "query":
+                model = None
+            elif model is None:
+                model = self.aggregator.offer(self.model() if blob is None else blob)
+            content = to_site(Instructions(digest, number, cohort, model=model))
         self._clock += 1  # so that no two messages have one id
         return Question(
             self.study("approved"), kind, content=content, created_at=self._clock, run_id=run_id
@@ -247,6 +305,9 @@ class Scene:
         assert not reply.messages_list[0].HasField("error"), reply.messages_list[0].error.reason
         ids = walk(reply.message_object_trees[0])[1:]
         assert ids
+        if kind == "train":
+            named = update_of(content_of(reply, self.aggregator.received))
+            assert len(self.aggregator.files[named.sha256]) == named.bytes
         return ids
 
     def ledger(self) -> list[tuple[str, str, str, int]]:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from warm_commands import run_warm
 
 from consilium_common.demo.hospitals import NAMES, write_hospitals
 from consilium_common.errors import WARNINGS_ONLY
+from consilium_common.models.kept import CACHE_VARIABLE
 from consilium_common.processes import die_with_parent
 
 T = TypeVar("T")
@@ -70,29 +72,27 @@ class Answer:
 
 def environment(**further: str) -> dict[str, str]:
     """Return an environment in which nothing of the developer's own state is found."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("CONSILIUM_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name == CACHE_VARIABLE or not name.startswith("CONSILIUM_")
+    }
     return {**kept, "OMP_NUM_THREADS": "1", **further}
 
 
 def consilium(*arguments: object, timeout: float = 120.0) -> Answer:
     """Run one command with ``--json`` to its end; asserts that stdout is exactly one envelope."""
-    done = subprocess.run(
-        [CONSILIUM, "--json", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.stdout.endswith("\n"), f"{arguments}: no envelope\n{done.stderr}"
-    assert done.stdout.count("\n") == 1, f"{arguments}: more than one line\n{done.stdout}"
-    envelope = json.loads(done.stdout)
+    words = ["--json", *map(str, arguments)]
+    done = run_warm(words, environment(), timeout)
+    said, stderr = done.stdout.decode(), done.stderr.decode()
+    assert "Traceback" not in stderr, stderr
+    assert said.endswith("\n"), f"{arguments}: no envelope\n{stderr}"
+    assert said.count("\n") == 1, f"{arguments}: more than one line\n{said}"
+    envelope = json.loads(said)
     good = done.returncode in _GOOD
     assert set(envelope) == ({"status", "data"} if good else {"status", "error"}), envelope
     assert envelope["status"] == ("ok" if good else "error"), envelope
-    return Answer(done.returncode, envelope, done.stderr)
+    return Answer(done.returncode, envelope, stderr)
 
 
 def wait_for(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from egress_samples import Reply
+from egress_samples import Reply, reference
 from federation import Federation, Site, wait_for
 from flwr.app import Error, Message, RecordDict
 from flwr.proto.fleet_pb2 import PushMessagesResponse
@@ -24,14 +24,18 @@ from consilium_client.flower_private_fleet import (
     node_key,
     pulled_object,
 )
+from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.keys import load_signing_key, load_tls_key
 from consilium_common.wire.channel import CHANNEL_OPTIONS, Caller, Credentials
-from consilium_common.wire.messages import from_server, instructions_of
+from consilium_common.wire.messages import Reference, instructions_of, to_server
 from consilium_common.wire.methods import (
+    CHUNK_BYTES,
     ERROR_KEY,
     HTTP_STATUS_KEY,
     PROTOCOL,
+    SITE_DELIVER,
+    SITE_FETCH,
     SITE_HELLO,
     fleet_method,
 )
@@ -48,11 +52,12 @@ class Refused(Exception):
 
 @dataclass
 class Task:
-    """A message as it came: what a reply to it refers to, and the model in it."""
+    """A message as it came: what a reply to it refers to, and the model that it names."""
 
     asked: Asked
     message: Message
     kind: str
+    study: str
     round: int
     weights: bytes
 
@@ -151,9 +156,38 @@ class Hostile:
         whole = inflate_object_from_contents(asked.message_id, contents)
         bare = Message(metadata=asked.metadata, content=RecordDict())
         kind = asked.kind
-        weights = b"" if kind == "query" else from_server(whole.content)[1]
-        number = instructions_of(whole.content).round_index
-        return Task(asked, bare, kind, number, weights)
+        told = instructions_of(whole.content)
+        weights = b"" if told.model is None else self.fetch(told.study, told.model)
+        return Task(asked, bare, kind, told.study, told.round_index, weights)
+
+    def fetch(self, study: str, model: Reference) -> bytes:
+        """Return a file on offer; raises Refused."""
+        first = {"study": study, "sha256": model.sha256, "offset": 0}
+        return b"".join(self._stream(SITE_FETCH, [canonical_json(first)]))
+
+    def deliver(self, study: str, content: bytes, *, named: Reference | None = None) -> None:
+        """Send a file as an update, under its own name or another; raises Refused."""
+        named = named or reference(content)
+        first = {"study": study, "sha256": named.sha256, "bytes": named.bytes}
+        pieces = [content[at : at + CHUNK_BYTES] for at in range(0, len(content), CHUNK_BYTES)]
+        self._stream(SITE_DELIVER, [canonical_json(first), *pieces])
+
+    def updated(
+        self, task: Task, content: bytes, figures: dict[str, float] | None = None
+    ) -> RecordDict:
+        """Deliver an update, unless even its announcement is refused; return a reply naming it."""
+        with contextlib.suppress(Refused):
+            self.deliver(task.study, content)
+        return to_server(reference(content), figures)
+
+    def _stream(self, method: str, messages: list[bytes]) -> list[bytes]:
+        try:
+            return list(self._channel.stream_stream(method)(iter(messages), timeout=40))
+        except grpc.RpcError as error:
+            trailing = dict(error.trailing_metadata() or ())
+            if ERROR_KEY in trailing:
+                raise Refused(json.loads(trailing[ERROR_KEY])["code"]) from None
+            raise Refused(error.code().name) from None
 
     def reply(self, task: Task, content: RecordDict | Error) -> Reply:
         reply = Reply(SimpleNamespace(message=task.message), content)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from egress_samples import Question, Reply, plain_study
+from egress_samples import Question, Reply, plain_study, reference
 from federation import Federation, Site, small_study
 from flwr.app import Error
 from flwr.proto.fleet_pb2 import PushMessagesRequest
@@ -87,7 +87,7 @@ def forged(node: int) -> list[tuple[str, bytes]]:
     ]
     made = [(call, make_request(call, **values).SerializeToString()) for call, values in requests]
     made += [
-        ("PushMessages", reply(to_server(SECRET * 1000, None))),
+        ("PushMessages", reply(to_server(reference(SECRET * 1000), None))),
         ("PushMessages", reply(to_server(None, {SECRET.decode(): 1970.0}))),
         ("PushMessages", reply(Error(code=0, reason=SECRET.decode()))),
     ]

@@ -36,7 +36,7 @@ from consilium_common.identity.keys import new_signing_key
 from consilium_common.ledger.store import Ledger
 from consilium_common.models.registry import initial_weights
 from consilium_common.models.weights import pack
-from consilium_common.wire.messages import INSTRUCTIONS, Instructions, to_site
+from consilium_common.wire.messages import INSTRUCTIONS, Instructions, Reference, to_site
 from consilium_common.wire.methods import MEMBER_TRUST, SITE_HELLO, SITE_STUDIES, SITE_WITNESS
 from consilium_server.home import ServerHome
 from consilium_server.registry import Registry
@@ -177,14 +177,18 @@ def test_another_cohort_size_than_was_declared_is_refused(scene: Scene) -> None:
 
 def test_messages_that_are_no_instructions_are_refused(scene: Scene) -> None:
     digest = scene.digests["approved"]
-    asking = {"study": digest, "round": 1, "cohort_size": COHORT, "last": False}
-    twice = to_site(Instructions(digest, 1, COHORT), scene.model())
+    model = scene.aggregator.offer(scene.model())
+    twice = to_site(Instructions(digest, 1, COHORT, model=model))
+    asking = dict(twice[INSTRUCTIONS])
     twice["further"] = ConfigRecord({**asking, "round": 2})
     with scene.nothing_charged():
         for content in (
             RecordDict(),
             RecordDict({INSTRUCTIONS: ConfigRecord({**asking, "round": "1"})}),
-            RecordDict({INSTRUCTIONS: ConfigRecord(asking), "model": ArrayRecord()}),
+            RecordDict({INSTRUCTIONS: ConfigRecord({**asking, "model": "../../ledger.db"})}),
+            RecordDict({INSTRUCTIONS: ConfigRecord({**asking, "model": ""})}),
+            RecordDict({INSTRUCTIONS: ConfigRecord({**asking, "model_bytes": 2**62})}),
+            RecordDict({"model": ArrayRecord()}),
         ):
             assert scene.refused("train", content=content) == "run.bad-message"
     # With two records of settings it is open which of them was meant: nothing leaves.
@@ -207,7 +211,6 @@ def broken_models(scene: Scene) -> Iterator[tuple[str, bytes]]:
     yield "not finite", scene.model(**{name: np.full_like(tensor, np.nan)})
     yield "oversized", scene.model(**{name: np.zeros(8_000_000, np.float32)})
     yield "garbage", bytes(range(256)) * 64
-    yield "nothing", b""
     yield "a header without end", (2**62).to_bytes(8, "little") + b"{}"
 
 
@@ -217,6 +220,24 @@ def test_a_model_that_is_not_the_study_s_is_refused_before_anything_is_charged(
     for what, blob in broken_models(scene):
         with scene.nothing_charged():
             assert scene.refused("train", 2, blob=blob) == "run.bad-update", what
+    # What comes under a name is not what the name says, or nothing does.
+    sound = scene.aggregator.offer(scene.model())
+    for what, sent, code in (
+        ("another file", scene.model()[:-1] + b"x", "run.bad-message"),
+        ("half of it", scene.model()[:-500], "run.bad-message"),
+        ("more than it", scene.model() + b"x" * 5_000_000, "run.bad-message"),
+        ("nothing", b"", "run.bad-message"),
+        ("none", None, "run.no-model"),
+    ):
+        named = Reference(hashlib.sha256(what.encode()).hexdigest(), sound.bytes)
+        if sent is not None:
+            scene.aggregator.models[named.sha256] = sent
+        with scene.nothing_charged():
+            assert scene.refused("train", 2, model=named) == code, what
+    digest = scene.digests["approved"]
+    with scene.nothing_charged():
+        without = to_site(Instructions(digest, 2, COHORT))
+        assert scene.refused("train", content=without) == "run.bad-update"
     with scene.nothing_charged():
         after = scene.study("approved").evaluations[-1]
         assert scene.refused("evaluate", after, blob=b"garbage") == "run.bad-update"

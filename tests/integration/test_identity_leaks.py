@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import subprocess
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -22,7 +21,8 @@ import pydicom
 import pytest
 from data_fixtures import write_list, write_seg, write_slices
 from deid_samples import GIVEN, NAME, SURNAME, holds, identity_everywhere
-from federation import CONSILIUM, PRIVATE, Federation, Site, environment, small_study
+from federation import PRIVATE, Federation, Site, environment, small_study
+from warm_commands import run_warm
 
 from consilium_client.data.ingest.dicom_file import quietly
 
@@ -106,14 +106,7 @@ class Ear:
     def __call__(self, *arguments: object, good: bool = True) -> None:
         """Run a command that must succeed, or must not."""
         mode = ("--json",) if len(self.heard) % 2 else ()
-        done = subprocess.run(
-            [CONSILIUM, *mode, *map(str, arguments)],
-            capture_output=True,
-            timeout=120,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
+        done = run_warm([*mode, *map(str, arguments)], environment(), 120)
         name = " ".join(map(str, arguments[:3]))
         self.heard.append((name, done.stdout + done.stderr))
         said = (done.stdout + done.stderr).decode()

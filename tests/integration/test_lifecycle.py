@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,42 +27,116 @@ def test_a_site_that_is_stopped_leaves_no_process_behind(
     assert not (site.home / "run" / "status.json").exists()
 
 
-def test_a_study_goes_on_from_its_last_round_whatever_ended_it(federation: Federation) -> None:
-    rounds = 22
-    digest = federation.propose(
-        small_study("outlives", training={"steps_per_round": 40}, federation={"rounds": rounds})
-    )
-    federation.approve(digest)
-    federation.study("run", digest).data  # noqa: B018
+def test_systemd_hears_that_both_sides_are_ready_alive_and_stopping(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.bind(str(tmp_path / "notify"))
+    manager.settimeout(60)
+    site = federation.sites[NAMES[0]]
+    federation.stop()
+    site.stop()
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    for start, running in (
+        (federation.start, lambda: federation.running),
+        (site.launch, lambda: site.running),
+    ):
+        start()
+        said = _heard_until(manager, "READY=1")
+        assert "STATUS=" in said
+        _heard_until(manager, "WATCHDOG=1")
+        process = running()
+        assert process is not None
+        if process is not federation.running:
+            process.interrupt(signal.SIGTERM, timeout=10)
+            _heard_until(manager, "STOPPING=1")
+    assert federation.running is not None
+    federation.running.interrupt(signal.SIGTERM, timeout=10)
+    _heard_until(manager, "STOPPING=1")
+
+
+def test_an_operator_stops_pauses_and_resumes_a_study_between_two_rounds_or_at_once(
+    federation: Federation,
+) -> None:
+    digest = _begun(federation, "commanded", rounds=14)
     assert federation.study("run", digest).code == "study.running"
-    _with_rounds(federation, digest, 1)
-
-    # The operator stops it.
+    before = _with_rounds(federation, digest, 1)
     assert federation.study("stop", digest).data["state"] == "stopped"
-    before = federation.show(digest)
     assert federation.study("stop", digest).code == "study.not-running"
-    _go_on(federation, digest, before, "operator")
-    before = _with_rounds(federation, digest, len(before["rounds"]) + 1)
+    federation.study("run", digest).data  # noqa: B018
+    before = _goes_on(federation, digest, before)
+    # Between two rounds: the one under way is finished first.
+    assert federation.study("pause", digest).data["pause_asked"] is True
+    paused = federation.wait_until(digest, lambda data: data["state"] == "paused", "the pause")
+    assert len(paused["rounds"]) >= len(before["rounds"])
+    assert federation.study("resume", digest).data["state"] in ("queued", "running")
+    before = _goes_on(federation, digest, paused)
+    assert federation.study("pause", digest, "--now").data["state"] == "paused"
+    assert federation.study("resume", digest).data["state"] in ("queued", "running")
+    _finishes(federation, digest, before, "stopped by operator", "paused by operator")
 
+
+def test_a_study_goes_on_by_itself_when_the_aggregator_is_started_again(
+    federation: Federation,
+) -> None:
+    digest = _begun(federation, "outlives", rounds=12)
+    before = _with_rounds(federation, digest, 1)
     # Ctrl-C: the aggregator and all that it has started are gone.
     assert federation.running is not None
     federation.running.interrupt(timeout=10)
     assert "Traceback" not in federation.running.output
     federation.start()
-    _go_on(federation, digest, before, "aggregator")
-    before = _with_rounds(federation, digest, len(before["rounds"]) + 1)
-
+    before = _goes_on(federation, digest, before)
     # Killed, with all that it has started, at an arbitrary moment.
     federation.kill()
     federation.start()
-    _go_on(federation, digest, before, "aggregator")
-    after = federation.study("watch", digest).data
-    assert after["state"] == "finished"
-    assert [row["number"] for row in after["rounds"]] == list(range(rounds))
-    # Rounds that were finished are not computed again.
-    assert after["rounds"][: len(before["rounds"])] == before["rounds"]
-    assert (federation.home / "studies" / digest[:16] / "model.safetensors").is_file()
-    assert federation.study("run", digest).code == "study.finished"
+    _finishes(federation, digest, before, "the aggregator was started anew")
+
+
+def test_a_study_goes_on_by_itself_when_a_process_of_the_aggregator_is_killed(
+    federation: Federation,
+) -> None:
+    digest = _begun(federation, "robust", rounds=14)
+    before = _with_rounds(federation, digest, 1)
+    for find in (_server_app, _executor, _superlink):
+        (pid,) = find(federation)
+        os.kill(pid, signal.SIGKILL)
+        before = _goes_on(federation, digest, before)
+    _finishes(
+        federation,
+        digest,
+        before,
+        "the process of its rounds died",
+        "the executor of its rounds was started anew",
+        "the SuperLink was started anew",
+    )
+
+
+def test_a_study_that_waits_for_its_sites_holds_up_no_other(federation: Federation) -> None:
+    federation.heal()
+    away = federation.sites[NAMES[0]]
+    stuck = federation.propose(small_study("stuck", federation={"quorum": 3}))
+    other = federation.propose(small_study("other"))
+    federation.approve(stuck)
+    federation.approve(other, *NAMES[1:])
+    away.stop()
+    wait_for(
+        lambda: (
+            not {row["site"]: row for row in federation.show(stuck)["approvals"]}[away.name][
+                "online"
+            ]
+        ),
+        "the site to be away",
+    )
+    queued = federation.study("run", stuck, "--priority", "9").data
+    assert (queued["state"], queued["place"]) == ("queued", 1)
+    assert queued["waits_for"] == "2 of the 3 sites it needs are online"
+    federation.study("run", other).data  # noqa: B018
+    assert federation.study("watch", other).data["state"] == "finished"
+    assert federation.show(stuck)["state"] == "queued"
+    away.start()
+    assert federation.study("watch", stuck).data["state"] == "finished"
 
 
 def test_withdrawal_in_mid_round_stops_training_there_and_sends_nothing(
@@ -125,19 +202,75 @@ def test_a_running_site_approves_by_policy_within_its_bounds_and_no_further(
         site.set_policy()
 
 
+def _heard_until(manager: socket.socket, words: str) -> str:
+    while True:
+        said = manager.recv(1000).decode()
+        if words in said:
+            return said
+
+
+def _begun(federation: Federation, name: str, *, rounds: int) -> str:
+    """Propose, approve and run a study whose rounds take a while; returns its digest."""
+    digest = federation.propose(
+        small_study(name, training={"steps_per_round": 40}, federation={"rounds": rounds})
+    )
+    federation.approve(digest)
+    assert federation.study("run", digest).data["state"] == "running"
+    return digest
+
+
 def _with_rounds(federation: Federation, digest: str, number: int) -> dict[str, Any]:
     return federation.wait_until(
-        digest, lambda data: len(data["rounds"]) >= number, f"round {number}"
+        digest, lambda data: len(data["rounds"]) >= number, f"round {number}", timeout=150
     )
 
 
-def _go_on(federation: Federation, digest: str, before: dict[str, Any], why: str) -> None:
-    """Run a study on when enough sites are there; its rounds are those it had."""
-    found = federation.wait_until(
-        digest, lambda data: sum(row["online"] for row in data["approvals"]) >= 2, "sites online"
-    )
-    assert found["state"] == "stopped"
-    assert why in found["reason"]
+def _goes_on(federation: Federation, digest: str, before: dict[str, Any]) -> dict[str, Any]:
+    """Wait until a round more is finished; those that were before are as they were."""
+    found = _with_rounds(federation, digest, len(before["rounds"]) + 1)
     assert len(found["rounds"]) < found["rounds_planned"], "it ended before it was interrupted"
     assert found["rounds"][: len(before["rounds"])] == before["rounds"]
-    federation.study("run", digest).data  # noqa: B018
+    return found
+
+
+def _finishes(
+    federation: Federation, digest: str, before: dict[str, Any], *whys: str
+) -> dict[str, Any]:
+    """Wait for the study's end: every round once, none computed again, and its log says why."""
+    after: dict[str, Any] = federation.study("watch", digest, timeout=240).data
+    assert after["state"] == "finished"
+    assert [row["number"] for row in after["rounds"]] == list(range(after["rounds_planned"]))
+    assert after["rounds"][: len(before["rounds"])] == before["rounds"]
+    assert (federation.home / "studies" / digest[:16] / "model.safetensors").is_file()
+    assert federation.study("run", digest).code == "study.finished"
+    said = [row["why"] for row in federation.study("log", digest).data["history"]]
+    for why in whys:
+        assert any(why in one for one in said), f"{why!r} is not in {said}"
+    return after
+
+
+def _with_words(federation: Federation, *words: str) -> dict[int, str]:
+    assert federation.running is not None
+    found = federation.running.processes()
+    return {pid: line for pid, line in found.items() if all(word in line for word in words)}
+
+
+def _superlink(federation: Federation) -> list[int]:
+    return list(_with_words(federation, "flower-superlink"))
+
+
+def _executor(federation: Federation) -> list[int]:
+    return list(_with_words(federation, "-m consilium_server.executor"))
+
+
+def _server_app(federation: Federation) -> list[int]:
+    """The process of the rounds: a child of the executor's fork server, with its command line."""
+    forks = _with_words(federation, "forkserver")
+    parents = {pid: _parent(pid) for pid in forks}
+    return wait_for(
+        lambda: [pid for pid, parent in parents.items() if parent in forks], "the rounds' process"
+    )
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 from federation import Federation, Running, add_hospitals, consilium, small_study, wait_for
 
-from consilium_common.demo.hospitals import NAMES
+from consilium_common.demo.hospitals import NAMES as HOSPITALS
 from consilium_common.models.registry import initial_weights, tensor_specs, trained_specs
 from consilium_common.models.weights import pack, unpack
 from consilium_common.study import Study
+
+#: Two hospitals are enough: what is shown here is shown for each by itself.
+NAMES = HOSPITALS[:2]
 
 #: Adaptive clipping, first and last layer of a public start, noised evaluations, averaging.
 EVERYTHING: dict[str, dict[str, Any]] = {
@@ -68,7 +71,7 @@ def propose_with_start(federation: Federation, study: dict[str, Any], start: Pat
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """A consortium of its own: what is spent and broken here is nobody else's."""
     with Federation(tmp_path_factory.mktemp("officer")) as running:
-        add_hospitals(running)
+        add_hospitals(running, NAMES)
         yield running
 
 
@@ -79,7 +82,7 @@ def finished(federation: Federation) -> tuple[Study, dict[str, Any]]:
         federation.sites[name].set_policy(private_metrics_epsilon=2.0)
     study, start = with_start(federation.folder, small_study("officer", **EVERYTHING))
     digest = propose_with_start(federation, study, start)
-    federation.approve(digest)
+    federation.approve(digest, *NAMES)
     federation.study("run", digest).data  # noqa: B018
     return Study.model_validate(study), federation.study("watch", digest).data
 
@@ -184,7 +187,7 @@ def test_a_good_enough_start_ends_the_study_before_any_budget_is_spent_on_traini
     # This start calls everything liver: a poor model, and yet better than the study asks for.
     study, start = with_start(federation.folder, study, bias=10.0)
     digest = propose_with_start(federation, study, start)
-    federation.approve(digest)
+    federation.approve(digest, *NAMES)
     federation.study("run", digest).data  # noqa: B018
     shown = federation.study("watch", digest).data
     assert shown["state"] == "finished"
@@ -207,7 +210,10 @@ def test_a_ledger_that_was_rolled_back_is_found_and_trains_no_more(
     before = federation.folder / "earlier.db"
     _copy(ledger, before)
     site.start()
-    federation.run_to_end(_private("later"))
+    digest = federation.propose(_private("later"))
+    federation.approve(digest, *NAMES)
+    federation.study("run", digest).data  # noqa: B018
+    federation.study("watch", digest).data  # noqa: B018
 
     def all_witnessed() -> bool:
         sites = federation.server("sites").data["sites"]

@@ -42,7 +42,7 @@ def test_a_private_study_spends_what_an_independent_computation_says(
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.pld import PLDAccountant
 
-    finished = run_example(hippocampus, "hippocampus-private", timeout=500, rounds=30)
+    finished = run_example(hippocampus, "hippocampus-private", timeout=500, rounds=10)
     assert finished.study["evaluation"] == {}, "a private study releases no figure"
     for site in hippocampus.sites.values():
         exported = tmp_path / f"{site.name}.jsonl"
@@ -66,6 +66,7 @@ def test_a_private_study_spends_what_an_independent_computation_says(
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.xdist_group("mednist")  # hospitals of its own: it need not wait for the others
 def test_a_federated_classification_reaches_accuracy_095(tmp_path: Path) -> None:
     with mednist_sites(tmp_path / "mednist") as federation:
         finished = run_example(federation, "mednist", timeout=500)

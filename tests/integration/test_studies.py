@@ -135,7 +135,7 @@ def test_an_update_with_nan_is_left_out_and_the_round_goes_on(federation: Federa
     assert np.isfinite(second["loss"])
 
 
-def test_a_round_without_a_quorum_is_tried_again_and_then_fails_with_the_reasons(
+def test_a_round_without_a_quorum_waits_and_says_why_and_goes_on_when_it_can(
     federation: Federation,
 ) -> None:
     from consilium_client.home import SiteHome
@@ -150,8 +150,14 @@ def test_a_round_without_a_quorum_is_tried_again_and_then_fails_with_the_reasons
     declined = store.decide(approval.study, "declined", 0, "changed our mind")
     store.note_told(declined)  # or the running site would tell it now
     federation.study("run", digest).data  # noqa: B018
-    answer = federation.study("watch", digest)
-    assert answer.code == "run.failed"
-    assert NAMES[1] in answer.error["message"]
-    assert "study.not-approved" in answer.error["message"]
-    assert federation.show(digest)["rounds"] == []
+    shown = federation.wait_until(
+        digest,
+        lambda row: NAMES[1] in row["standing"]["waits_for"],
+        "the study to say why it waits",
+    )
+    assert shown["standing"]["waits_for"].startswith("waiting for 1 more site; ")
+    assert "study.not-approved" in shown["standing"]["waits_for"]
+    assert (shown["state"], shown["rounds"]) == ("running", [])
+    # The hospital thinks again; what the others have sent is still there.
+    federation.approve(digest, NAMES[1])
+    assert federation.study("watch", digest).data["rounds"][0]["sites"] == sorted(NAMES)

@@ -5,15 +5,14 @@ Flower alone is missing: its register of nodes, and the SuperLink behind the Fle
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from serving_samples import in_own_loop
 from typer.testing import CliRunner
 
 from consilium_common import __version__
@@ -34,11 +33,14 @@ from consilium_server.fleet import Arrivals, FleetForwarder
 from consilium_server.gateway import Gateway
 from consilium_server.home import ServerHome
 from consilium_server.issuing import load_issuer
+from consilium_server.kicks import Kicks
 from consilium_server.limits import Limits
 from consilium_server.peers import Doorkeeper
 from consilium_server.registry import Registry
+from consilium_server.scheduler import Scheduler
 from consilium_server.services import services
 from consilium_server.tables import Member
+from consilium_server.transfers import Transfers
 from consilium_server.witness import Witness, WitnessKey
 
 
@@ -119,28 +121,13 @@ class Aggregator:
     def caller(self, credentials: Credentials) -> Caller:
         return Caller(f"127.0.0.1:{self.port}", credentials)
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Serve the port in a thread of its own."""
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, daemon=True)
-        thread.start()
-
-        def there(work: Any) -> Any:
-            return asyncio.run_coroutine_threadsafe(work, loop).result(20)
-
-        stop = there(self._serve())
-        try:
-            yield
-        finally:
-            there(stop())
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(10)
-            loop.close()
+    def open(self) -> AbstractContextManager[None]:
+        """Serve the port in a thread of its own, for the length of a block."""
+        return in_own_loop(self._serve)
 
     async def _serve(self) -> Any:
         fleet = FleetForwarder(
-            "https://127.0.0.1:1", self.home.identity / "authority.pem", self.home.kick
+            "https://127.0.0.1:1", self.home.identity / "authority.pem", Kicks(self.home.kicks)
         )
 
         async def forward(call: str, body: bytes, headers: object) -> tuple[int, bytes]:
@@ -153,8 +140,16 @@ class Aggregator:
             Doorkeeper(lambda: self.issuer.trust, self.registry, Acts(self.registry, self.key)),
             fleet,
             Arrivals(self.home.arrived),
-            services(self.home, self.registry, self.issuer, self.nodes, witness),  # type: ignore[arg-type]
-            self.limits,
+            services(
+                self.home,
+                self.registry,
+                self.issuer,
+                self.nodes,  # type: ignore[arg-type]
+                witness,
+                scheduler=Scheduler(self.home, self.registry, self.nodes, lambda: False),  # type: ignore[arg-type]
+            ),
+            Transfers(self.home, self.registry).table(),
+            limits=self.limits,
         )
         await gateway.start("127.0.0.1", self.port, self.home.identity)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from serving_samples import listening
 
 from consilium_common.diagnosis.steps import Check, Diagnosis, Outcome, examine
 from consilium_common.diagnosis.target import Target
@@ -24,9 +28,10 @@ from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import Role, describe, load_certificate
 from consilium_common.identity.keys import new_tls_key, save_private
 from consilium_common.identity.trust import Trust
-from consilium_common.wire.methods import MEMBER_PROBE, SERVICE_ROLES
+from consilium_common.wire.methods import MEMBER_PROBE, SERVICE_ROLES, STREAM_ROLES
 from consilium_server.fleet import Arrivals, FleetForwarder
 from consilium_server.gateway import Gateway
+from consilium_server.limits import Limits
 from consilium_server.peers import Doorkeeper, Peer
 from consilium_server.registry import Registry
 from consilium_server.services.of_members import MemberServices
@@ -52,33 +57,6 @@ def target_of(address: str, authority: Authority, **changes: Any) -> Target:
     """Return the target at an address."""
     host, _, port = address.rpartition(":")
     return Target(host, int(port), Trust.of(authority.certificate), **changes)
-
-
-@contextmanager
-def listening(answer: Answer) -> Iterator[str]:
-    """Serve connections until the end of the block, each in a thread of its own."""
-
-    def serve_one(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            answer(connection)
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-
-        def serve() -> None:
-            while True:
-                try:
-                    connection, _ = server.accept()
-                except OSError:
-                    return
-                threading.Thread(target=serve_one, args=(connection,), daemon=True).start()
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield f"127.0.0.1:{server.getsockname()[1]}"
-        server.shutdown(socket.SHUT_RDWR)
-    thread.join(timeout=5)
 
 
 def answers_tls(
@@ -174,6 +152,7 @@ class Port:
         self.authority = authority
         self.registry = registry
         self.folder = folder
+        self.limits: Limits | None = None
         #: Laid over every answer to a probe.
         self.says: dict[str, Any] = {}
 
@@ -232,7 +211,7 @@ class Port:
         async def probe(peer: Peer, request: dict[str, Any]) -> Any:
             return {**await members.probe(peer, request), **self.says}
 
-        async def other(peer: Peer, request: dict[str, Any]) -> Any:
+        async def other(*_: Any) -> Any:
             raise AssertionError("the doctor calls nothing but the probe")
 
         services: dict[str, Callable[[Peer, dict[str, Any]], Awaitable[Any]]] = {
@@ -240,7 +219,9 @@ class Port:
         }
         trust = Trust.of(self.authority.certificate)
         fleet = FleetForwarder("https://127.0.0.1:1", self.folder / "authority.pem", self.folder)
-        gateway = Gateway(Doorkeeper(trust, self.registry), fleet, Arrivals(self.folder), services)
+        streams = dict.fromkeys(STREAM_ROLES, other)
+        door, arrivals = Doorkeeper(trust, self.registry), Arrivals(self.folder)
+        gateway = Gateway(door, fleet, arrivals, services, streams, limits=self.limits)
         await gateway.start("127.0.0.1", port, self.folder)
         ready.set()
         try:
@@ -248,6 +229,43 @@ class Port:
         finally:
             await gateway.stop(0.1)
             await fleet.close()
+
+
+_PORT = """
+import sys
+from consilium_server import handshakes
+handshakes.listen()
+from pathlib import Path
+from diagnosis_samples import Port
+from consilium_common.identity.authority import Authority
+from consilium_server.registry import Registry
+folder, database, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+told = []
+with handshakes.reworded(lambda code, words: told.append(code)):
+    port = Port(folder, Authority.load(folder), Registry(database))
+    with port.open(number):
+        print("open", flush=True)
+        sys.stdin.read()
+print(*told)
+"""
+
+
+@contextmanager
+def alarms(port: Port, number: int, database: Path) -> Iterator[list[str]]:
+    """Open the port in a process of its own; the list holds, in the end, why it refused callers."""
+    port.authority.save(port.folder)
+    told: list[str] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", _PORT, str(port.folder), str(database), str(number)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "open\n"
+        yield told
+        said, _ = process.communicate(timeout=20)
+    told += said.split()
 
 
 def secrets_in(text: str, folder: Path) -> list[str]:

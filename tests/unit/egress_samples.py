@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,15 +41,29 @@ from consilium_common.models.registry import trained_specs
 from consilium_common.models.weights import pack
 from consilium_common.privacy.accounting import parameters
 from consilium_common.study import Study
-from consilium_common.wire.messages import Instructions, to_server, to_site
-from consilium_common.wire.methods import FLEET_CALL_BY_PATH, FLEET_PATHS
+from consilium_common.wire.messages import Instructions, Reference, to_server, to_site
+from consilium_common.wire.methods import (
+    CHUNK_BYTES,
+    FLEET_CALL_BY_PATH,
+    FLEET_PATHS,
+    SITE_FETCH,
+)
+from consilium_common.wire.tls13 import grpc
 
 NODE, RUN, SERVER = 77, 5, 1
 PATIENTS = [hashlib.sha256(b"%d" % n).hexdigest()[:32] for n in range(4)]
-#: Computed in this process, once for all tests: a process of its own takes seconds to import torch.
-DECLARED = Declarations(declared)
 FIGURES = {"sum": 1.0625}
 FLAT = 0.015625
+#: The global model's file, as far as a link looks at it.
+MODEL = b"a model of two pieces" * (CHUNK_BYTES // 20)
+#: Computed in this process, once for all tests: a process of its own takes seconds to import torch.
+#: As if the studies' networks were as large as the model above.
+DECLARED = Declarations(lambda study: replace(declared(study), most_received=len(MODEL)))
+
+
+def reference(blob: bytes) -> Reference:
+    """Return the name of a file with this content."""
+    return Reference(hashlib.sha256(blob).hexdigest(), len(blob))
 
 
 def buildable(study: Study, **parts: Any) -> Study:
@@ -146,7 +163,8 @@ class Question:
         run_id: int = RUN,
     ) -> None:
         if content is None:
-            content = to_site(Instructions(study.digest, number, 20), b"model")
+            model = None if kind == "query" else reference(MODEL)
+            content = to_site(Instructions(study.digest, number, 20, model=model))
         metadata = Metadata(
             run_id=run_id,
             message_id="",
@@ -179,7 +197,7 @@ class Question:
         found = asked_in(self.response())
         assert found is not None
         for name, content in self.objects.items():
-            found.see_object(name, memoryview(content))
+            found.see_object(name, content)
         return found
 
 
@@ -209,7 +227,7 @@ class Reply:
 
 
 def update_reply(question: Question, blob: bytes) -> Reply:
-    return Reply(question, to_server(blob, None))
+    return Reply(question, to_server(reference(blob), None))
 
 
 class SuperLink:
@@ -223,6 +241,15 @@ class SuperLink:
         self.calls: list[tuple[str, Any, dict[str, str]]] = []
         self.replies: list[PushMessagesRequest] = []
         self.received: dict[str, bytes] = {}
+        #: What came over streams, message by message, and the files that came whole.
+        self.streamed: list[tuple[str, bytes]] = []
+        self.files: dict[str, bytes] = {}
+        #: Bytes of an update that this end has already, as after a broken line.
+        self.held = b""
+
+    @contextlib.asynccontextmanager
+    async def stream(self, method: str) -> AsyncIterator[Any]:
+        yield _Stream(self, method)
 
     def unary(self, method: str) -> Callable[..., Any]:
         def invoke(body: bytes, *, metadata: Any = (), timeout: float = 0) -> Any:
@@ -273,6 +300,45 @@ class _Call:
 
     async def trailing_metadata(self) -> Any:
         return ()
+
+
+class _Stream:
+    """One stream, answered as the aggregator answers it."""
+
+    def __init__(self, superlink: SuperLink, method: str) -> None:
+        self._superlink, self._method = superlink, method
+        self._asked: dict[str, Any] | None = None
+        self._came = b""
+        self._answers: list[Any] = []
+
+    async def write(self, message: bytes) -> None:
+        await asyncio.sleep(0)
+        self._superlink.streamed.append((self._method, message))
+        if self._asked is not None:
+            self._came += message
+        else:
+            self._asked = json.loads(message)
+            if self._method == SITE_FETCH:
+                rest = MODEL[self._asked["offset"] :]
+                pieces = range(0, len(rest), CHUNK_BYTES)
+                self._answers = [rest[at : at + CHUNK_BYTES] for at in pieces] + [grpc.aio.EOF]
+                return
+            self._came = self._superlink.held
+            self._say()
+        if len(self._came) == self._asked["bytes"]:
+            self._superlink.files[hashlib.sha256(self._came).hexdigest()] = self._came
+            self._say()
+
+    async def done_writing(self) -> None:
+        """All has come."""
+
+    async def read(self) -> Any:
+        while not self._answers:
+            await asyncio.sleep(0.001)
+        return self._answers.pop(0)
+
+    def _say(self) -> None:
+        self._answers.append(canonical_json({"held": len(self._came)}))
 
 
 def walk(tree: ObjectTree) -> list[str]:
@@ -351,6 +417,7 @@ def converse(
         link._gate._declarations = DECLARED
         await link._connection.close()
         link._connection = superlink  # type: ignore[assignment]
+        link._transfers._connection = superlink  # type: ignore[assignment]
         try:
             await talk(SuperNode(link), link)
             await asyncio.gather(*link._ahead)

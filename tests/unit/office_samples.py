@@ -4,14 +4,12 @@ as a test wants them.
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from serving_samples import in_own_loop
 from site_samples import NAME, JoinedSite, joined_site
 
 from consilium_common.files import write_atomic
@@ -31,9 +29,11 @@ from consilium_common.wire.methods import (
     MEMBER_TRUST,
     SERVICE_ROLES,
     SITE_HELLO,
+    STREAM_ROLES,
 )
 from consilium_server.fleet import Arrivals, FleetForwarder
 from consilium_server.gateway import Gateway
+from consilium_server.kicks import Kicks
 from consilium_server.peers import Doorkeeper, Peer
 from consilium_server.registry import Registry
 from consilium_server.services.enrolment import Enrolment
@@ -114,7 +114,7 @@ class Office:
         self.registry = Registry(folder / "registry.db")
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
-        self.kick = folder / "kick"
+        self.kicks = Kicks(folder / "kicks")
         self.forwarded: list[str] = []
         self.refuse_renewal = False
         self.counts = dict.fromkeys(SERVICE_ROLES, 0)
@@ -181,27 +181,12 @@ class Office:
         assert member is not None
         return member
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Serve the port in a thread of its own."""
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, daemon=True)
-        thread.start()
-
-        def there(work: Any) -> Any:
-            return asyncio.run_coroutine_threadsafe(work, loop).result(20)
-
-        stop = there(self._start())
-        try:
-            yield
-        finally:
-            there(stop())
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(10)
-            loop.close()
+    def open(self) -> AbstractContextManager[None]:
+        """Serve the port in a thread of its own, for the length of a block."""
+        return in_own_loop(self._start)
 
     async def _start(self) -> Any:
-        fleet = FleetForwarder("https://127.0.0.1:1", self.folder / "authority.pem", self.kick)
+        fleet = FleetForwarder("https://127.0.0.1:1", self.folder / "authority.pem", self.kicks)
 
         async def forward(call: str, body: bytes, headers: object) -> tuple[int, bytes]:
             self.forwarded.append(call)
@@ -213,6 +198,7 @@ class Office:
             fleet,
             Arrivals(self.folder / "arrived"),
             {method: self._counted(method, service) for method, service in self._table().items()},
+            dict.fromkeys(STREAM_ROLES, _no_stream),
         )
         await gateway.start("127.0.0.1", self.port, self.folder)
 
@@ -244,3 +230,7 @@ class Office:
             return await service(peer, request)
 
         return handle
+
+
+async def _no_stream(*_: Any) -> Any:
+    raise AssertionError("these tests move no files")

@@ -15,6 +15,7 @@ from consilium_common.wire.methods import (
     FLEET_ROLES,
     PRIVILEGED,
     SERVICE_ROLES,
+    STREAM_ROLES,
     fleet_method,
 )
 
@@ -32,6 +33,7 @@ def table() -> str:
     """Return the table as it follows from the code, in Markdown."""
     roles = {
         **SERVICE_ROLES,
+        **STREAM_ROLES,
         **dict.fromkeys(map(fleet_method, FLEET_PATHS), FLEET_ROLES),
     }
     names = [f"`{method}`" for method in roles]

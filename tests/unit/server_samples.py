@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import time
+import hashlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,12 +18,15 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.models.registry import trained_specs
 from consilium_common.models.weights import pack, unpack
 from consilium_common.study import Study
-from consilium_common.wire.messages import instructions_of, to_server, weights_of
+from consilium_common.wire.messages import Reference, instructions_of, to_server
+from consilium_server.arrivals import ArrivalCounts
 from consilium_server.home import ServerConfig, ServerHome
 from consilium_server.overview import study_overview
 from consilium_server.registry import Registry
+from consilium_server.round_tables import round_now
 from consilium_server.rounds import StudyRun
 from consilium_server.spending import SpendMeter
+from consilium_server.study_files import StudyFiles
 from consilium_server.tables import Approval, Member, StudyRow, now
 
 SITES = ("east", "north", "south")
@@ -57,7 +59,8 @@ def private(*, evaluation: dict[str, Any], **changes: dict[str, Any]) -> Study:
 class Answers:
     """What the sites of a test answer; each site adds its number to every trained tensor."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, files: StudyFiles) -> None:
+        self._files = files
         self.trained = {spec.name for spec in trained_specs(study)}
         self.sums = dict.fromkeys(SITES, 0.0)
         #: What each site answers when it is asked for statistics.
@@ -67,6 +70,10 @@ class Answers:
         self.last: list[tuple[str, int]] = []
         #: Replaces a site's answer: returns content, or raises what the site replies with.
         self.instead: Callable[[str, str, int], Any] = lambda *_: None
+        #: Sites that do not answer for as long as they are in here.
+        self.slow: set[str] = set()
+        #: Called when an answer was replaced.
+        self.replaced: Callable[[str], None] = lambda kind: None
 
     def of(self, site: str, kind: str, content: Any) -> Any:
         asked = instructions_of(content)
@@ -75,16 +82,35 @@ class Answers:
             self.asked.append(step)
         if asked.last and step not in self.last:
             self.last.append(step)
-        if kind != "query":
-            self.models[step] = unpack(weights_of(content))
-        instead = self.instead(site, kind, asked.round_index)
+        if asked.model is not None:
+            offered = self._files.offered(asked.model.sha256)
+            if offered is None:
+                raise ConsiliumError("run.no-model", "This model is not on offer.")
+            self.models[step] = unpack(offered.read_bytes())
+        try:
+            instead = self.instead(site, kind, asked.round_index)
+        except ConsiliumError:
+            self.replaced(kind)
+            raise
         if instead is not None:
+            self.replaced(kind)
             return instead
         if kind == "query":
             return to_server(None, self.statistics[site])
         if kind == "evaluate":
             return to_server(None, {"sum": self.sums[site]})
-        return to_server(pack(self.update(self.models[step], site)), None)
+        return self.delivered(site, pack(self.update(self.models[step], site)))
+
+    def delivered(self, site: str, blob: bytes, figures: dict[str, float] | None = None) -> Any:
+        """Deliver a file as the gateway would take it; return the reply that names it."""
+        reference = Reference(hashlib.sha256(blob).hexdigest(), len(blob))
+        # The gateway takes nothing that is longer than an update may be.
+        if self._files.arrived(site, reference) is None and len(blob) <= self._files.most(site):
+            arriving = self._files.arriving(site, reference)
+            arriving.open()
+            arriving.write(blob)
+            arriving.finish()
+        return to_server(reference, figures)
 
     def update(self, model: Weights, site: str) -> Weights:
         return {
@@ -95,42 +121,52 @@ class Answers:
 
 
 class SitesGrid:
-    """Flower's Grid, with every site behind it answering at once."""
+    """Flower's Grid, with every site behind it answering at once, or when it is let."""
 
     def __init__(self, home: ServerHome, answers: Answers) -> None:
         self._home = home
         self._answers = answers
+        self._count = 0
         self._replies: dict[str, Any] = {}
+        self._held: list[Any] = []
 
     def get_node_ids(self) -> list[int]:
+        self._let_answer()
         return list(range(1, len(SITES) + 1))
 
     def push_messages(self, messages: list[Any]) -> list[str]:
-        from flwr.app import Error, Message
-
         ids = []
         for message in messages:
-            node = message.metadata.dst_node_id
-            identity = f"m{len(self._replies)}"
+            identity = f"m{self._count}"
+            self._count += 1
             message.metadata.__dict__["_message_id"] = identity
-            try:
-                content = self._answers.of(
-                    SITES[node - 1], message.metadata.message_type, message.content
-                )
-                reply = Message(content=content, reply_to=message)
-            except ConsiliumError as error:
-                reason = canonical_json(error.to_dict()).decode()
-                reply = Message(Error(code=1, reason=reason), reply_to=message)
-            self._replies[identity] = reply
-            arrived = self._home.arrived / str(node)
-            arrived.touch()
-            # The file system's clock is coarser than the one that is compared with.
-            os.utime(arrived, ns=(time.time_ns(), time.time_ns()))
             ids.append(identity)
+            self._held.append(message)
+        self._let_answer()
         return ids
 
     def pull_messages(self, ids: list[str]) -> list[Any]:
-        return [self._replies[identity] for identity in ids]
+        return [self._replies.pop(identity) for identity in ids if identity in self._replies]
+
+    def _let_answer(self) -> None:
+        """Have the sites answer, each its oldest message first, which are not held back."""
+        for message in list(self._held):
+            site = SITES[message.metadata.dst_node_id - 1]
+            if site not in self._answers.slow:
+                self._held.remove(message)
+                self._answer(site, message)
+
+    def _answer(self, site: str, message: Any) -> None:
+        from flwr.app import Error, Message
+
+        try:
+            content = self._answers.of(site, message.metadata.message_type, message.content)
+            reply = Message(content=content, reply_to=message)
+        except ConsiliumError as error:
+            reason = canonical_json(error.to_dict()).decode()
+            reply = Message(Error(code=1, reason=reason), reply_to=message)
+        self._replies[message.metadata.message_id] = reply
+        ArrivalCounts(self._home.arrived).add(str(message.metadata.dst_node_id))
 
 
 class House:
@@ -141,7 +177,7 @@ class House:
         self.home = ServerHome.create(folder)
         self.home.save_config(ServerConfig("tests", "127.0.0.1:1"))
         self.registry = Registry(self.home.database)
-        self.answers = Answers(study)
+        self.answers = Answers(study, StudyFiles(self.home.study_folder(study.digest)))
         online = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
         with self.registry.transaction() as session:
             session.add(
@@ -185,12 +221,38 @@ class House:
 
     def run(self) -> None:
         grid = SitesGrid(self.home, self.answers)
-        StudyRun(self.home, self.registry, self.study.digest, grid).run()  # type: ignore[arg-type]
+        StudyRun(self.home, self.registry, self.study.digest, grid).run()
 
     def fails(self) -> str:
         with pytest.raises(ConsiliumError) as caught:
             self.run()
         return caught.value.code
+
+    def stuck(self, kind: str = "") -> str:
+        """Run until sites answer otherwise; the operator pauses it then. Return what it waits for.
+
+        The study goes on where it was when it is run again. Given ``kind``, other answers to
+        messages of that kind alone count.
+        """
+
+        def want_pause(answered: str) -> None:
+            if kind in ("", answered):
+                self._set(pause_by="operator")
+
+        self.answers.replaced = want_pause
+        self.run()
+        self.answers.replaced = lambda kind: None
+        assert self.registry.study(self.study.digest).state == "paused"
+        self._set(state="running", pause_by=None)
+        waiting = round_now(self.registry, self.study.digest)
+        assert waiting is not None
+        return waiting.waits_for
+
+    def _set(self, **values: Any) -> None:
+        with self.registry.transaction() as session:
+            row = session.get_one(StudyRow, self.study.digest)
+            for name, value in values.items():
+                setattr(row, name, value)
 
     def show(self) -> dict[str, Any]:
         row = self.registry.study(self.study.digest)

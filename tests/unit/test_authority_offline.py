@@ -10,6 +10,8 @@ import pytest
 from issuing_samples import HOUR, KEY, SIGNING, code_of
 from typer.testing import CliRunner
 
+from consilium_common.errors import ConsiliumError
+from consilium_common.files import write_atomic
 from consilium_common.identity.authority import Authority, certificate_pem, signing_request
 from consilium_common.identity.certificates import Role, load_certificate, read_certificate
 from consilium_common.identity.enrolment import join_request, read_certificates, write_form
@@ -292,18 +294,55 @@ def test_an_offline_authority_is_replaced_by_an_offline_one(place: Place) -> Non
     )
     assert code_of(finish_rotation, custody) == "identity.wrong-authority"
     newer = Custody(place.home, offline=following)
-    # The operator in this home waits for the new authority; the old stick certifies it no more.
-    assert code_of(finish_rotation, newer) == "identity.rotation-unfinished"
+    # The operator in this home has a certificate of the new authority at once; what else waits,
+    # the old stick certifies no more.
+    operator = read_certificate(place.home.identity / "operator.pem")
+    assert place.issuer.trust.in_force(operator)
+    assert place.ask("east", key=new_tls_key()) is None
     content = read_requests(place.carried(), trust_at(following))
     signed, left = sign_offline(Authority.load(place.stick), content, lambda _: True)
     assert (len(signed.certificates), len(left)) == (0, 1)
-    place.take(place.signed(following))
+    assert place.take(place.signed(following)) == ["east"]
     assert finish_rotation(newer) == []
     server = read_certificate(place.home.identity / "server.pem")
     assert place.issuer.trust.in_force(server)
     invitation = members.invite(place.home, "south", HOUR)
     write_invitation(place.folder / "late", invitation)
     read_invitation(place.folder / "late")
+
+
+def test_forced_to_its_end_an_offline_rotation_leaves_out_who_is_not_ready_and_nobody_else(
+    place: Place,
+) -> None:
+    for name, role in (("north", Role.SITE), ("ada", Role.OPERATOR)):
+        invitation = members.invite(place.home, name, HOUR, role)
+        request = place.folder / f"request-of-{name}"
+        form = join_request(
+            invitation,
+            request_pem=signing_request(KEY, "x"),
+            signer_request_pem=signing_request(SIGNING, "x"),
+            version="1",
+        )
+        write_form(request, form)
+        certify(place.home, place.issuer, request, place.folder / name)
+        place.take(place.signed())
+        certify(place.home, place.issuer, request, place.folder / name)
+    before = (place.home.identity / "operator.pem").read_bytes()
+    following = place.folder / "second"
+    rotate_authority(Custody(place.home, offline=place.stick), following)
+    # As a rotation that was cut short before its end leaves it.
+    write_atomic(place.home.identity / "operator.pem", before)
+    newer = Custody(place.home, offline=following)
+    with pytest.raises(ConsiliumError, match="ada, north") as caught:
+        finish_rotation(newer)
+    assert caught.value.code == "identity.rotation-unfinished"
+    assert "operator" not in caught.value.message
+    assert finish_rotation(newer, force=True) == ["ada", "north"]
+    operator = read_certificate(place.home.identity / "operator.pem")
+    member = Registry(place.home.database).member("operator")
+    assert member is not None
+    assert member.serial == f"{operator.serial_number:x}"
+    assert place.issuer.trust.in_force(operator)
 
 
 def test_the_whole_way_as_a_person_types_it(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import pytest
 from budget_samples import policy, refused
-from data_fixtures import write_pairs
+from hospital_samples import hospital_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from site_samples import NAME, JoinedSite, joined_site
+from site_samples import NAME, JoinedSite
 from test_reviewing import asked
 from typer.testing import CliRunner
 
@@ -206,14 +206,7 @@ def test_a_policy_that_approves_nothing_is_recorded_as_it_always_was() -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> JoinedSite:
     """A joined site with 24 imported patients."""
-    folder = tmp_path_factory.mktemp("hospital")
-    joined = joined_site(folder / "site")
-    pairs = write_pairs(folder / "data", 24)
-    labels = ["--label", "background=0", "--label", "liver=1", "--input", "ct", "--site", NAME]
-    home = ["--home", str(joined.home.path)]
-    answer = CliRunner().invoke(app, ["data", "import", str(pairs), *labels, *home])
-    assert answer.exit_code == 0, answer.output
-    return joined
+    return hospital_with(tmp_path_factory.mktemp("hospital"), 24)
 
 
 class Line:
@@ -400,7 +393,7 @@ def test_the_share_of_the_gpu_comes_from_today_s_rule(
     taken: list[float] = []
     worker = _Study.__new__(_Study)
     monkeypatch.setattr(worker, "_home", site.home, raising=False)
-    session = SimpleNamespace(take_at_most=taken.append, require_model=lambda _: None)
+    session = SimpleNamespace(take_at_most=taken.append, require_model=lambda *_, **__: None)
     monkeypatch.setattr(worker, "_session", session, raising=False)
 
     def ends(*_: object) -> None:
@@ -417,5 +410,5 @@ def test_the_share_of_the_gpu_comes_from_today_s_rule(
         monkeypatch.setattr(worker, "_decision", decision, raising=False)
         site.home.policy.write_text(default_policy_text(ruled(gpu_share=share)))
         with refused("run.round"):
-            worker.answer("train", None, b"", None)  # type: ignore[arg-type]
+            worker.answer("train", None, None, None)  # type: ignore[arg-type]
     assert taken == [0.5, 0.25, 1.0]  # what a person approved has no bound

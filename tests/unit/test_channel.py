@@ -9,13 +9,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from channel_samples import ConnectProxy, listening, tls_server
+from channel_samples import ConnectProxy, tls_server
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from office_samples import Office
+from serving_samples import listening
 from site_samples import member_credentials
 
 from consilium_common.errors import ConsiliumError
@@ -386,6 +387,18 @@ def test_a_setting_that_is_no_proxy_or_holds_a_password_is_refused(setting: str)
     assert caught.value.code == "usage.proxy"
     assert caught.value.hint
     assert "geheim" not in str(caught.value)
+
+
+def test_tls_to_the_proxy_is_refused_and_what_to_give_instead_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = "https://me:geheim@proxy.example:3128"
+    monkeypatch.setenv("https_proxy", url)
+    monkeypatch.setenv("no_proxy", "localhost")
+    for setting in (url, "environment"):
+        with pytest.raises(ConsiliumError, match="TLS to the proxy itself") as caught:
+            choose_proxy(setting, "a.example:443")
+        assert "http://host:port" in caught.value.hint and "geheim" not in str(caught.value)
 
 
 @settings(max_examples=50, deadline=None)

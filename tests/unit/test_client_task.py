@@ -30,12 +30,14 @@ def task(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     from flwr.supercore.task_identity import TaskIdentity
     from flwr.supernode.runtime import run_clientapp
 
-    from consilium_common.wire.messages import Instructions, to_site
+    from consilium_common.wire.messages import Instructions, Reference, to_site
 
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 3)
     message = Message(
-        content=to_site(Instructions("d" * 64, 0, 5), b"w"), dst_node_id=3, message_type="train"
+        content=to_site(Instructions("d" * 64, 0, 5, model=Reference("a" * 64, 1))),
+        dst_node_id=3,
+        message_type="train",
     )
     message.metadata.__dict__["_message_id"] = message.object_id
     kept = SimpleNamespace(

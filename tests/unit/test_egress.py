@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from egress_samples import (
     judge,
     plain_study,
     private_study,
+    reference,
     refused,
     trained,
     update_of,
@@ -47,17 +50,6 @@ from consilium_common.models.weights import check_packed, pack
 from consilium_common.study import Study
 from consilium_common.wire.messages import to_server
 
-
-@pytest.fixture
-def site(tmp_path: Path) -> JoinedSite:
-    return joined_site(tmp_path / "site")
-
-
-@pytest.fixture
-def gate(site: JoinedSite) -> EgressGate:
-    return gate_of(site)
-
-
 # --- what was asked and approved ----------------------------------------------------------------
 
 
@@ -67,24 +59,33 @@ def test_a_reply_needs_an_approved_study_and_what_was_stored_for_the_round_asked
     study = plain_study()
     blob = update_of(study)
     question = Question(study)
-    assert refused(lambda: judge(gate, question, to_server(blob, None)), "study.not-approved")
+    assert refused(
+        lambda: judge(gate, question, to_server(reference(blob), None)), "study.not-approved"
+    )
     StudyStore(site.home).decide(study, "approved", 20, "")
-    assert refused(lambda: judge(gate, question, to_server(blob, None)))
+    assert refused(lambda: judge(gate, question, to_server(reference(blob), None)))
     trained(site, study)
-    assert judge(gate, question, to_server(blob, None)).receipt is not None
+    assert judge(gate, question, to_server(reference(blob), None)).receipt is not None
     later = Question(study, number=1)
-    assert refused(lambda: judge(gate, later, to_server(blob, None)))
+    assert refused(lambda: judge(gate, later, to_server(reference(blob), None)))
 
 
 def test_a_study_that_is_declined_meanwhile_sends_no_more(
     site: JoinedSite, gate: EgressGate
 ) -> None:
     study = plain_study()
-    blob = trained(site, study)
-    StudyStore(site.home).decide(study, "declined", 0, "no")
-    question = Question(study)
-    assert refused(lambda: judge(gate, question, to_server(blob, None)), "study.not-approved")
-    assert refused(lambda: gate.require_approved(study.digest), "study.not-approved")
+    content = to_server(reference(trained(site, study)), None)
+    store = StudyStore(site.home)
+    before = judge(gate, Question(study), content)
+    gate.require_standing(before)
+    store.decide(study, "declined", 0, "no")
+    question = Question(study, created_at=1.9e9 + 1)
+    assert refused(lambda: judge(gate, question, content), "study.not-approved")
+    assert refused(lambda: gate.require_standing(before), "study.withdrawn")
+    # What was on its way stays withheld, however soon the site takes part again.
+    store.decide(study, "approved", 20, "")
+    assert refused(lambda: gate.require_standing(before), "study.decided-anew")
+    assert refused(lambda: judge(gate, question, content), "study.withheld")
 
 
 def test_a_message_that_asks_for_no_round_gets_an_error_reply_at_most(
@@ -98,7 +99,7 @@ def test_a_message_that_asks_for_no_round_gets_an_error_reply_at_most(
     twice["more"] = ConfigRecord({"study": "x"})
     for content in (to_site_without_instructions(), twice):
         question = Question(study, content=content)
-        assert refused(lambda q=question: judge(gate, q, to_server(blob, None)))  # type: ignore[misc]
+        assert refused(lambda q=question: judge(gate, q, to_server(reference(blob), None)))  # type: ignore[misc]
         error = Error(code=0, reason=error_reason(ConsiliumError("run.bad-message", "")))
         assert judge(gate, question, error).receipt is None
 
@@ -179,7 +180,8 @@ def test_an_update_of_another_form_never_leaves_though_it_was_stored_and_charged
         if study.privacy.mode == "patient":
             charge(site, study, kept.sha256)
         gate = gate_of(site)
-        assert refused(lambda g=gate, b=blob: judge(g, Question(study), to_server(b, None))), what  # type: ignore[misc]
+        named = reference(blob or b"something")
+        assert refused(lambda g=gate, n=named: judge(g, Question(study), to_server(n, None))), what  # type: ignore[misc]
         assert not site.home.receipts.exists(), what
 
 
@@ -219,7 +221,7 @@ def test_a_private_update_leaves_only_as_the_ledger_released_it(
     store.decide(study, "approved", 20, "")
     blob = update_of(study)
     kept = store.keep_update(study.digest, 0, blob, {})
-    content = to_server(blob, None)
+    content = to_server(reference(blob), None)
     assert refused(lambda: judge(gate, Question(study), content))  # no ledger yet
     charge(site, study, None)
     assert refused(lambda: judge(gate, Question(study), content))  # charged and not released
@@ -242,7 +244,7 @@ def test_a_private_update_other_than_the_released_one_is_refused(
     blob = update_of(study, 0.5)
     store.keep_update(study.digest, 0, blob, {})
     charge(site, study, hashlib.sha256(update_of(study)).hexdigest())
-    assert refused(lambda: judge(gate, Question(study), to_server(blob, None)))
+    assert refused(lambda: judge(gate, Question(study), to_server(reference(blob), None)))
 
 
 def test_a_charge_for_another_mechanism_than_the_study_s_pays_for_nothing(
@@ -270,7 +272,7 @@ def test_a_charge_for_another_mechanism_than_the_study_s_pays_for_nothing(
             patients=["0" * 32],
         )
         ledger.release(entry, kept.sha256)
-    assert refused(lambda: judge(gate, Question(study), to_server(blob, None)))
+    assert refused(lambda: judge(gate, Question(study), to_server(reference(blob), None)))
 
 
 def test_a_reply_holds_the_stored_update_and_nothing_else(
@@ -279,17 +281,45 @@ def test_a_reply_holds_the_stored_update_and_nothing_else(
     study = private_study()
     blob = trained(site, study)
     for content in (
-        to_server(update_of(study, 0.5), None),
-        to_server(blob, {"loss": 0.25}),
+        to_server(reference(update_of(study, 0.5)), None),
+        to_server(replace(reference(blob), bytes=len(blob) + 1), None),
+        to_server(reference(blob), {"loss": 0.25}),
         to_server(None, {"loss": 0.25}),
         to_server(None, None),
-        with_records(to_server(blob, None)),
+        with_records(to_server(reference(blob), None)),
     ):
         assert refused(lambda c=content: judge(gate, Question(study), c))  # type: ignore[misc]
         # Called an evaluation it leaves no more than called an update.
         if content:
             assert refused(lambda c=content: judge(gate, Question(study, "evaluate"), c))  # type: ignore[misc]
     assert not site.home.receipts.exists()
+
+
+def test_the_length_that_leaves_is_the_file_s_whatever_the_store_was_made_to_say(
+    site: JoinedSite, gate: EgressGate
+) -> None:
+    study = plain_study()
+    blob = trained(site, study)
+    with sqlite3.connect(site.home.studies) as db:
+        db.execute("UPDATE updates SET bytes = 19700101")
+    lie = to_server(replace(reference(blob), bytes=19700101), None)
+    assert refused(lambda: judge(gate, Question(study), lie))
+    passed = judge(gate, Question(study), to_server(reference(blob), None))
+    assert passed.update == reference(blob)
+    assert passed.receipt is not None and passed.receipt.release.bytes == len(blob)
+
+
+def test_a_reply_s_file_is_the_stored_one_and_figures_alone_have_none(
+    site: JoinedSite, gate: EgressGate
+) -> None:
+    study = evaluating_study()
+    evaluated(site, study, FIGURES)
+    passed = judge(gate, Question(study, "evaluate"), to_server(None, FIGURES))
+    assert (passed.file, passed.update) == (None, None)
+    blob = trained(site, study)
+    passed = judge(gate, Question(study), to_server(reference(blob), None))
+    assert passed.file is not None and passed.file.read_bytes() == blob
+    assert passed.file.parent == site.home.releases
 
 
 def with_records(content: Any) -> Any:
@@ -326,7 +356,7 @@ def test_noised_figures_leave_only_as_the_ledger_released_them(
     ):
         assert refused(lambda o=other: judge(gate, asked, to_server(None, o))), other  # type: ignore[misc]
     blob = update_of(study)
-    assert refused(lambda: judge(gate, asked, to_server(blob, FIGURES)))
+    assert refused(lambda: judge(gate, asked, to_server(reference(blob), FIGURES)))
 
 
 @pytest.mark.parametrize(
@@ -382,14 +412,14 @@ def test_what_left_once_cannot_be_exchanged_for_something_else(
 ) -> None:
     study = plain_study()
     blob = trained(site, study)
-    judge(gate, Question(study), to_server(blob, None))
+    judge(gate, Question(study), to_server(reference(blob), None))
     other = update_of(study, 0.5)
     (path,) = site.home.releases.iterdir()
     path.write_bytes(other)
-    import sqlite3
-
     with sqlite3.connect(site.home.studies) as db:
         db.execute("UPDATE updates SET sha256 = ?", (hashlib.sha256(other).hexdigest(),))
     again = Question(study, created_at=1.9e9 + 9)
-    assert refused(lambda: judge(gate, again, to_server(other, None)), "privacy.second-release")
+    assert refused(
+        lambda: judge(gate, again, to_server(reference(other), None)), "privacy.second-release"
+    )
     assert update_reply(again, other).announced().children  # it was announced as it stands

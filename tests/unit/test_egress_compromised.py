@@ -6,7 +6,7 @@ import asyncio
 import json
 import struct
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,39 +23,41 @@ from egress_samples import (
     exact_study,
     plain_study,
     private_study,
+    reference,
     trained,
     update_of,
     update_reply,
     walk,
 )
-from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord
 from flwr.common.constant import ErrorCode
 from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import ObjectTree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from site_samples import JoinedSite, joined_site
+from site_samples import JoinedSite
 
 from consilium_client.error_replies import error_reason
 from consilium_client.flower_private_fleet import make_request
 from consilium_client.link import Link
 from consilium_common.errors import ConsiliumError
-from consilium_common.wire.messages import to_server
-from consilium_common.wire.methods import FLEET_PATHS, MAX_MESSAGE_BYTES
+from consilium_common.wire.messages import Reference, to_server
+from consilium_common.wire.methods import FLEET_PATHS, SITE_DELIVER
 
 SECRET = b"Doe^Jane 1970-01-01"
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> JoinedSite:
-    return joined_site(tmp_path / "site")
 
 
 def leaks(superlink: SuperLink) -> bool:
     """Whether anything that carries the secret reached the aggregator."""
     sent = [request.SerializeToString() for _, request, _ in superlink.calls]
     sent += [repr(metadata).encode() for _, _, metadata in superlink.calls]
+    sent += [said for _, said in superlink.streamed]
     return any(SECRET in one or SECRET.decode() in one.decode("latin-1") for one in sent)
+
+
+def delivered(superlink: SuperLink) -> list[bytes]:
+    """Return all that went over the stream that takes updates."""
+    return [said for method, said in superlink.streamed if method == SITE_DELIVER]
 
 
 def only_a_refusal(superlink: SuperLink) -> bool:
@@ -76,7 +78,13 @@ def hidden(content: Any) -> Any:
 
 
 def longer(content: Any) -> Any:
-    content["more"] = ArrayRecord({"pixels": content["model"]["weights"]})
+    pixels = Array("float32", (1,), "numpy.ndarray", SECRET)
+    content["more"] = ArrayRecord({"pixels": pixels})
+    return content
+
+
+def in_the_reference(content: Any) -> Any:
+    content["update"]["patient"] = SECRET.decode()
     return content
 
 
@@ -88,13 +96,22 @@ def with_metrics(content: Any, value: float, key: str = "loss") -> Any:
 NAN = struct.unpack("<d", struct.pack("<Q", 0x7FF8_4A61_6E65_0001))[0]
 SUBNORMAL = struct.unpack("<d", struct.pack("<Q", 0x0000_4A61_6E65_0001))[0]
 CONTENTS: dict[str, Callable[[bytes], Any]] = {
-    "another update": lambda _: to_server(update_of(plain_study(), 0.5), None),
-    "pixels as weights": lambda _: to_server(SECRET * 1000, None),
-    "an extra record": lambda blob: hidden(to_server(blob, None)),
-    "an extra array": lambda blob: longer(to_server(blob, None)),
-    "a NaN with a message": lambda blob: with_metrics(to_server(blob, None), NAN),
-    "a subnormal with a message": lambda blob: with_metrics(to_server(blob, None), SUBNORMAL),
-    "a long key": lambda blob: with_metrics(to_server(blob, None), 1.0, SECRET.decode() * 500),
+    "another update": lambda _: to_server(reference(update_of(plain_study(), 0.5)), None),
+    "pixels as weights": lambda _: to_server(reference(SECRET * 1000), None),
+    "another length": lambda blob: to_server(replace(reference(blob), bytes=19700101), None),
+    "a hash of its own": lambda blob: to_server(
+        Reference(SECRET.hex().ljust(64, "0"), len(blob)), None
+    ),
+    "a further word": lambda blob: in_the_reference(to_server(reference(blob), None)),
+    "an extra record": lambda blob: hidden(to_server(reference(blob), None)),
+    "an extra array": lambda blob: longer(to_server(reference(blob), None)),
+    "a NaN with a message": lambda blob: with_metrics(to_server(reference(blob), None), NAN),
+    "a subnormal with a message": lambda blob: with_metrics(
+        to_server(reference(blob), None), SUBNORMAL
+    ),
+    "a long key": lambda blob: with_metrics(
+        to_server(reference(blob), None), 1.0, SECRET.decode() * 500
+    ),
     "words of its own": lambda _: Error(code=0, reason=SECRET.decode()),
     "a code of its own": lambda _: Error(
         code=0, reason=json.dumps({"code": "data.doe-jane", "message": SECRET.decode()})
@@ -124,6 +141,7 @@ def test_a_reply_with_other_content_than_was_stored_gets_nothing_out(
     assert only_a_refusal(superlink)
     assert not leaks(superlink)
     assert not site.home.receipts.exists()
+    assert delivered(superlink) == []
     # Its number is ours too.
     raised = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     assert {one.messages_list[0].error.code for one in superlink.replies} == {raised}
@@ -202,6 +220,9 @@ def test_what_is_hidden_in_a_reply_s_outline_never_leaves(site: JoinedSite, what
 
     converse(site, honest, plain)
     converse(site, disguised, forged)
+    # The file that left is the stored one, or none did.
+    assert set(disguised.files) <= set(honest.files) == {reference(blob).sha256}
+    assert len(delivered(disguised)) in (0, 2)
     # Not one byte differs from the honest reply's, or there is a refusal in our words.
     same = [request for request in disguised.replies if request in honest.replies]
     rest = [request for request in disguised.replies if request not in honest.replies]
@@ -326,8 +347,9 @@ def test_bytes_that_flower_does_not_write_are_refused(site: JoinedSite) -> None:
         for one in (unknown, again, longer, b"\xff", SECRET, b""):
             answer = await node.post("ActivateNode", one)
             statuses.append(answer.status)
-        too_large = bytes(MAX_MESSAGE_BYTES + 1)
-        assert (await node.post("PushObject", too_large)).status == 413
+        # No tensor fits into what a SuperNode may say.
+        assert (await node.post("PushObject", bytes(256 * 1024))).status == 403
+        assert (await node.post("PushObject", bytes(256 * 1024 + 1))).status == 413
 
     converse(site, superlink, talk)
     assert set(statuses) == {403}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from egress_samples import (
+    MODEL,
     NODE,
     RUN,
     SERVER,
@@ -18,21 +21,23 @@ from egress_samples import (
     converse,
     plain_study,
     private_study,
+    reference,
     trained,
     update_of,
     update_reply,
     walk,
 )
-from site_samples import JoinedSite, joined_site
+from site_samples import JoinedSite
 
+from consilium_client import link as link_module
 from consilium_client.link import Link
 from consilium_client.receipts import receipt_rows
-from consilium_common.wire.messages import to_server
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> JoinedSite:
-    return joined_site(tmp_path / "site")
+from consilium_client.received import wait_for_model
+from consilium_client.store import StudyStore
+from consilium_client.transfers import Transfers
+from consilium_common.errors import ConsiliumError
+from consilium_common.wire.messages import Instructions, Reference, to_server, to_site
+from consilium_common.wire.methods import SITE_DELIVER
 
 
 @pytest.mark.parametrize("study", [plain_study(), private_study()], ids=["plain", "private"])
@@ -57,6 +62,15 @@ def test_an_honest_reply_arrives_whole_and_is_made_anew(site: JoinedSite, study:
     assert list(request.clientapp_runtime_list) == [0.0]
     names = set(walk(request.message_object_trees[0]))
     assert set(superlink.received) == names
+    # The update itself went over a stream, which said its name and length and no more.
+    assert superlink.files == {hashlib.sha256(blob).hexdigest(): blob}
+    announced, *pieces = [said for method, said in superlink.streamed if method == SITE_DELIVER]
+    assert json.loads(announced) == {
+        "study": study.digest,
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "bytes": len(blob),
+    }
+    assert b"".join(pieces) == blob
     for name, content in superlink.received.items():
         assert hashlib.sha256(content).hexdigest() == name
     assert metadata.message_id in names
@@ -64,6 +78,175 @@ def test_an_honest_reply_arrives_whole_and_is_made_anew(site: JoinedSite, study:
     assert row["sent"] is True
     assert row["release"]["sha256"] == hashlib.sha256(blob).hexdigest()
     assert (row["release"]["event"] is None) == (study.privacy.mode == "none")
+
+
+def test_the_model_that_a_message_names_is_fetched_while_the_message_is_read(
+    site: JoinedSite,
+) -> None:
+    study = plain_study()
+    StudyStore(site.home).decide(study, "approved", 20, "")
+    question = Question(study)
+    superlink = SuperLink(question)
+
+    async def talk(node: SuperNode, link: Link) -> None:
+        await node.take(question)
+        (task,) = link._transfers._tasks.values()
+        await task
+
+    assert converse(site, superlink, talk) == []
+    (asked,) = [json.loads(said) for _, said in superlink.streamed]
+    named = reference(MODEL)
+    assert asked == {"study": study.digest, "sha256": named.sha256, "offset": 0}
+    assert wait_for_model(site.home, study.digest, named, 0).read_bytes() == MODEL
+
+
+def test_of_a_model_larger_than_the_study_s_no_byte_is_fetched_and_the_task_is_told(
+    site: JoinedSite,
+) -> None:
+    study = plain_study()
+    StudyStore(site.home).decide(study, "approved", 20, "")
+    flood = Reference("f" * 64, len(MODEL) + 1)
+    question = Question(study, content=to_site(Instructions(study.digest, 0, 20, model=flood)))
+    superlink = SuperLink(question)
+
+    async def talk(node: SuperNode, link: Link) -> None:
+        await node.take(question)
+        (task,) = link._transfers._tasks.values()
+        await task
+
+    converse(site, superlink, talk)
+    assert superlink.streamed == []
+    with pytest.raises(ConsiliumError) as caught:
+        wait_for_model(site.home, study.digest, flood, 5)
+    assert caught.value.code == "run.bad-message"
+    assert "at most" in caught.value.message
+
+
+def test_of_a_study_that_is_not_approved_no_model_is_fetched(site: JoinedSite) -> None:
+    study = plain_study()
+    question = Question(study)
+    superlink = SuperLink(question)
+
+    async def talk(node: SuperNode, link: Link) -> None:
+        await node.take(question)
+        assert link._transfers._tasks == {}
+
+    converse(site, superlink, talk)
+    assert superlink.streamed == []
+
+
+def test_a_reply_follows_its_file_and_never_comes_without_it(
+    site: JoinedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = plain_study()
+    blob = trained(site, study)
+    question = Question(study)
+    superlink = SuperLink(question)
+    arrives = asyncio.Event()
+    whole = superlink.stream
+
+    @contextlib.asynccontextmanager
+    async def stream(method: str) -> AsyncIterator[Any]:
+        if method == SITE_DELIVER:
+            await arrives.wait()
+        async with whole(method) as found:
+            yield found
+
+    monkeypatch.setattr(superlink, "stream", stream)
+    monkeypatch.setattr(link_module, "_DELIVERY_SECONDS", 0.05)
+
+    async def talk(node: SuperNode, _: Link) -> None:
+        await node.take(question)
+        reply = update_reply(question, blob)
+        for _ in range(2):
+            assert await node.send(reply) == [503]  # the SuperNode comes again
+            assert superlink.replies == []
+        arrives.set()
+        assert set(await node.send(reply)) == {200}
+
+    converse(site, superlink, talk)
+    assert set(superlink.files) == {hashlib.sha256(blob).hexdigest()}
+    # Asked three times, delivered once: an announcement, and the one piece of it.
+    assert [method for method, _ in superlink.streamed].count(SITE_DELIVER) == 2
+
+
+def test_a_file_that_is_exchanged_after_it_was_judged_does_not_leave(
+    site: JoinedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = plain_study()
+    blob = trained(site, study)
+    question = Question(study)
+    superlink = SuperLink(question)
+    deliver = Transfers.deliver
+
+    async def exchanging(self: Transfers, *arguments: Any) -> bool:
+        (file,) = site.home.releases.iterdir()
+        file.write_bytes(b"Doe^Jane".ljust(len(blob)))
+        return await deliver(self, *arguments)
+
+    monkeypatch.setattr(Transfers, "deliver", exchanging)
+
+    async def talk(node: SuperNode, _: Link) -> None:
+        await node.take(question)
+        assert await node.send(update_reply(question, blob)) == [403]
+
+    assert "privacy.update-lost" in converse(site, superlink, talk)[0]
+    assert [said for method, said in superlink.streamed if method == SITE_DELIVER] == []
+    (reply,) = superlink.replies
+    assert json.loads(reply.messages_list[0].error.reason)["code"] == "privacy.update-lost"
+    (row,) = receipt_rows(site.home.receipts, site.signer.public_key(), "north-clinic", "")
+    assert row["sent"] is False
+
+
+def test_an_update_that_the_aggregator_will_not_take_becomes_one_error_reply_and_no_silence(
+    site: JoinedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = plain_study()
+    blob = trained(site, study)
+    question = Question(study)
+    superlink = SuperLink(question)
+
+    async def refused(*_: Any) -> bool:
+        raise ConsiliumError("run.not-expected", "The round is over.")
+
+    async def taken(*_: Any) -> bool:
+        return True
+
+    async def talk(node: SuperNode, _: Link) -> None:
+        await node.take(question)
+        reply = update_reply(question, blob)
+        monkeypatch.setattr(Transfers, "deliver", refused)
+        assert await node.send(reply) == [403]
+        # The error has been told: what would be taken now is a second reply.
+        monkeypatch.setattr(Transfers, "deliver", taken)
+        assert await node.send(reply) == [403]
+
+    assert "run.not-expected" in converse(site, superlink, talk)[0]
+    (told,) = superlink.replies
+    assert json.loads(told.messages_list[0].error.reason)["code"] == "run.not-expected"
+
+
+def test_a_reply_that_was_sent_stays_the_only_one_though_its_file_is_refused_later(
+    site: JoinedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = plain_study()
+    blob = trained(site, study)
+    question = Question(study)
+    superlink = SuperLink(question)
+
+    async def refused(*_: Any) -> bool:
+        raise ConsiliumError("run.not-expected", "The round is over.")
+
+    async def talk(node: SuperNode, _: Link) -> None:
+        await node.take(question)
+        reply = update_reply(question, blob)
+        await node.post("PushMessages", reply.request.SerializeToString())  # and the line broke
+        monkeypatch.setattr(Transfers, "deliver", refused)
+        assert await node.send(reply) == [403]
+
+    converse(site, superlink, talk)
+    (reply,) = superlink.replies
+    assert not reply.messages_list[0].HasField("error")
 
 
 def test_flower_takes_in_the_reply_that_the_link_makes(site: JoinedSite) -> None:
@@ -81,7 +264,7 @@ def test_flower_takes_in_the_reply_that_the_link_makes(site: JoinedSite) -> None
     converse(site, superlink, talk)
     (request,) = superlink.replies
     own = request.messages_list[0].metadata.message_id
-    content = to_server(blob, None)
+    content = to_server(reference(blob), None)
     found = Message.inflate(superlink.received[own], {content.object_id: content})
     assert found.metadata.reply_to_message_id == question.message_id
 
@@ -137,8 +320,6 @@ def test_a_refused_reply_becomes_an_error_reply_in_our_words_and_is_counted(
 
 def test_a_site_that_withdraws_in_mid_upload_sends_no_further_object(site: JoinedSite) -> None:
     from flwr.proto.fleet_pb2 import PushMessagesResponse
-
-    from consilium_client.store import StudyStore
 
     study = plain_study()
     blob = trained(site, study)

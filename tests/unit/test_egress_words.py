@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import pytest
 from egress_samples import (
     Question,
-    gate_of,
     judge,
     plain_study,
     private_study,
@@ -18,23 +15,13 @@ from egress_samples import (
 from flwr.app import Error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from site_samples import JoinedSite, joined_site
+from site_samples import JoinedSite
 
 from consilium_client.egress import EgressGate, public_progress
 from consilium_client.error_replies import PUBLIC_CODES, error_reason, listed_code
 from consilium_client.flower_private_fleet import CRASHED_REASON
 from consilium_client.store import StudyStore
 from consilium_common.errors import ConsiliumError
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> JoinedSite:
-    return joined_site(tmp_path / "site")
-
-
-@pytest.fixture
-def gate(site: JoinedSite) -> EgressGate:
-    return gate_of(site)
 
 
 def test_an_error_reply_leaves_with_a_listed_code_and_our_fixed_words_alone(

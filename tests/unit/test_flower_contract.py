@@ -28,7 +28,6 @@ from consilium_common.wire.methods import (
     FLEET_HEADER_PREFIX,
     FLEET_PATHS,
     FLEET_SERVICE,
-    MAX_MESSAGE_BYTES,
     PROTOBUF_MEDIA_TYPE,
 )
 from consilium_server import flower_private as server_private
@@ -99,22 +98,22 @@ def test_the_words_of_a_crashed_task_are_those_the_egress_gate_lets_out() -> Non
 def test_equal_content_makes_equal_replies_and_a_messages_own_id_is_its_trees_root() -> None:
     from flwr.app import Metadata
 
-    from consilium_common.wire.messages import to_server
+    from consilium_common.wire.messages import MAX_FILE_BYTES, Reference, to_server
 
     metadata = Metadata(3, "m", 1, 2, "", "1", 1.9e9, 60.0, "train")
     asked = fleet.Asked("m", 3, "train", frozenset(), metadata)
 
-    def made(blob: bytes | None, figures: dict[str, float] | None) -> fleet.Outgoing:
-        return fleet.outgoing(asked, 2, content=to_server(blob, figures))
+    def made(update: Reference | None, figures: dict[str, float] | None) -> fleet.Outgoing:
+        return fleet.outgoing(asked, 2, content=to_server(update, figures))
 
-    for blob, figures in (
+    for update, figures in (
         (None, None),
-        (b"w" * 10, None),
+        (Reference("a" * 64, 10), None),
         (None, {"sum": 0.1 + 0.2}),
-        (bytes(_chunk_size() + 1), {"loss": 1.0}),
+        (Reference("f" * 64, MAX_FILE_BYTES), {"loss": 1.0}),
     ):
-        reply = made(blob, figures)
-        assert reply == made(blob, figures)
+        reply = made(update, figures)
+        assert reply == made(update, figures)
         assert hashlib.sha256(reply.message).hexdigest() == reply.message_id
         request = fleet.read_request("PushMessages", reply.body)
         announced = fleet.announced_in(request)
@@ -122,23 +121,38 @@ def test_equal_content_makes_equal_replies_and_a_messages_own_id_is_its_trees_ro
             announced.message_id == reply.message_id == request.messages_list[0].metadata.message_id
         )
         assert announced.is_of(reply)
-        content = to_server(blob, figures)
+        content = to_server(update, figures)
         assert content.object_id in reply.content_ids()
     assert not fleet.announced_in(
         fleet.read_request("PushMessages", made(None, {"sum": 1.0}).body)
     ).is_of(made(None, {"sum": 1.0 + 2**-52}))
 
 
-def _chunk_size() -> int:
-    from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+@pytest.mark.usefixtures("task")
+def test_all_that_a_supernode_says_of_our_largest_reply_fits_into_what_link_and_gateway_take() -> (
+    None
+):
+    """And the largest message to it: models and updates go another way."""
+    from flwr.app import Message
+    from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-    return int(FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE)
+    from consilium_client.link import _LARGEST_CALL
+    from consilium_common.wire.messages import MAX_FILE_BYTES, Reference, to_server
+    from consilium_server.limits import Limits
 
-
-def test_a_chunk_of_flowers_fits_into_a_message() -> None:
-    from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
-
-    assert FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE < MAX_MESSAGE_BYTES - 64 * 1024
+    figures = {f"dice.{'c' * 60}{number}.total": 0.1 for number in range(200)}
+    asked = Message(content=_content(), dst_node_id=1, message_type="train")
+    asked.metadata.__dict__["_message_id"] = asked.object_id
+    largest = to_server(Reference("f" * 64, MAX_FILE_BYTES), figures)
+    reply = Message(content=largest, reply_to=asked)
+    for message, kind in ((reply, PushMessagesRequest), (asked, PullMessagesResponse)):
+        outline = kind(message_object_trees=[get_object_tree(message)])
+        sizes = [len(one.deflate()) for one in get_all_nested_objects(message).values()]
+        assert max(outline.ByteSize(), *sizes) + 64 * 1024 < _LARGEST_CALL
+        assert Limits().small_message_bytes >= _LARGEST_CALL
+        # A site may send each reply a few times over, as after a broken line.
+        assert 4 * (outline.ByteSize() + sum(sizes)) < Limits().reply_bytes
 
 
 def test_a_supernode_waits_longer_for_an_answer_than_the_gateway_holds_a_pull() -> None:
@@ -364,9 +378,9 @@ def test_a_held_pull_sees_whether_a_message_came() -> None:
 
 
 def _content() -> Any:
-    from consilium_common.wire.messages import Instructions, to_site
+    from consilium_common.wire.messages import Instructions, Reference, to_site
 
-    return to_site(Instructions("d" * 64, 0, 5), b"weights")
+    return to_site(Instructions("d" * 64, 0, 5, model=Reference("a" * 64, 9)))
 
 
 # --- the bundle --------------------------------------------------------------------------------

@@ -20,22 +20,28 @@ from consilium_common.identity.keys import new_tls_key, save_private
 from consilium_common.processes import free_port
 from consilium_common.wire.channel import CHANNEL_OPTIONS, Credentials
 from consilium_common.wire.methods import (
+    CHUNK_BYTES,
     ENROL,
     ERROR_KEY,
     HTTP_STATUS_KEY,
     SERVICE_ROLES,
+    SITE_DELIVER,
+    SITE_FETCH,
     SITE_HELLO,
     SITE_PROGRESS,
+    STREAM_ROLES,
     fleet_method,
 )
 from consilium_common.wire.tls13 import grpc
 from consilium_server.fleet import Arrivals, FleetForwarder
 from consilium_server.flower_private import public_key_header
 from consilium_server.gateway import Gateway
+from consilium_server.kicks import Kicks
 from consilium_server.limits import Limits
 from consilium_server.peers import Doorkeeper, Peer
 from consilium_server.registry import Registry
 from consilium_server.tables import InvitationRow, Member, now
+from consilium_server.transfers import Line
 
 NODE = 4711
 #: All that a caller learns whose certificate is refused.
@@ -92,9 +98,16 @@ class House:
                 await asyncio.sleep(0.3)
             return {"name": peer.name, "request": request}
 
+        async def echo(peer: Peer, line: Line) -> None:
+            if self.fails is not None:
+                raise self.fails
+            await line.write(peer.name.encode())
+            while (message := await line.read()) is not None:
+                await line.write(message)
+
         async def all_of_it() -> Any:
             fleet = FleetForwarder(
-                "https://127.0.0.1:1", self.folder / "authority.pem", self.folder / "kick"
+                "https://127.0.0.1:1", self.folder / "authority.pem", Kicks(self.folder / "kicks")
             )
 
             async def forward(call: str, body: bytes, headers: object) -> tuple[int, bytes]:
@@ -108,7 +121,8 @@ class House:
                 fleet,
                 Arrivals(self.folder / "arrived"),
                 dict.fromkeys(SERVICE_ROLES, service),
-                self.limits,
+                dict.fromkeys(STREAM_ROLES, echo),
+                limits=self.limits,
             )
             await gateway.start("127.0.0.1", self.port, self.folder)
             try:
@@ -156,19 +170,27 @@ def test_every_method_needs_exactly_one_handler(house: House) -> None:
     door = Doorkeeper(house.authority.certificate, house.registry)
     arrivals = Arrivals(house.folder)
     fleet = FleetForwarder("https://127.0.0.1:1", house.folder / "authority.pem", Path("kick"))
+
+    async def stream(peer: Peer, line: Line) -> None:
+        return None
+
     complete = dict.fromkeys(SERVICE_ROLES, service)
-    Gateway(door, fleet, arrivals, complete)
-    for services in (
-        {k: v for k, v in complete.items() if k != ENROL},
-        {**complete, "/consilium.v1.Secret/Door": service},
+    streams = dict.fromkeys(STREAM_ROLES, stream)
+    Gateway(door, fleet, arrivals, complete, streams)
+    for services, lines in (
+        ({k: v for k, v in complete.items() if k != ENROL}, streams),
+        ({**complete, "/consilium.v1.Secret/Door": service}, streams),
+        (complete, {SITE_FETCH: stream}),
+        (complete, {**streams, "/consilium.v1.Secret/Door": stream}),
     ):
         with pytest.raises(ValueError, match="handler"):
-            Gateway(door, fleet, arrivals, services)
+            Gateway(door, fleet, arrivals, services, lines)
 
 
 @pytest.mark.parametrize("role", [Role.SITE, Role.OPERATOR, Role.INVITATION])
 def test_each_role_reaches_its_own_services_alone(house: House, role: Role) -> None:
     credentials = house.add(role)
+    house.limits = Limits(enrolments_per_minute=600)
 
     async def scenario() -> None:
         for method, roles in SERVICE_ROLES.items():
@@ -242,6 +264,90 @@ def test_a_service_s_error_travels_with_its_words(house: House) -> None:
         assert house.ask(credentials, SITE_HELLO)[:2] == (status, code)
 
 
+# --- streams ------------------------------------------------------------------------------------
+
+
+async def talk(house: House, credentials: Credentials, *said: bytes) -> list[Any]:
+    """Hold a stream open, say something, and return each answer; the last is how it ended."""
+    heard: list[Any] = []
+    async with grpc.aio.secure_channel(
+        f"127.0.0.1:{house.port}", credentials.for_grpc(), options=CHANNEL_OPTIONS
+    ) as channel:
+        call = channel.stream_stream(SITE_DELIVER)(timeout=20)
+        try:
+            heard.append(await call.read())
+            for message in said:
+                await call.write(message)
+                heard.append(await call.read())
+            await call.done_writing()
+            heard.append(await call.read())
+        except grpc.aio.AioRpcError as error:
+            trailing = dict(error.trailing_metadata() or ())
+            code = json.loads(trailing[ERROR_KEY])["code"] if ERROR_KEY in trailing else ""
+            heard.append((error.code().name, code))
+    return heard
+
+
+def test_a_stream_passes_its_messages_one_by_one_and_ends_with_a_service_s_words(
+    house: House,
+) -> None:
+    credentials = house.add()
+    assert house.run(lambda: talk(house, credentials, b"a", b"b")) == [
+        b"north",
+        b"a",
+        b"b",
+        grpc.aio.EOF,
+    ]
+    house.fails = ConsiliumError("run.not-expected", "no")
+    assert house.run(lambda: talk(house, credentials)) == [
+        ("FAILED_PRECONDITION", "run.not-expected")
+    ]
+
+
+def test_a_piece_larger_than_a_piece_and_a_stream_that_stands_still_are_ended_by_name(
+    house: House,
+) -> None:
+    credentials = house.add()
+    most = bytes(CHUNK_BYTES)
+    heard = house.run(lambda: talk(house, credentials, most, most + b"x"))
+    assert heard[1:] == [most, ("RESOURCE_EXHAUSTED", "network.too-large")]
+    house.limits = Limits(body_seconds=0.3)
+
+    async def silent() -> Any:
+        async with grpc.aio.secure_channel(
+            f"127.0.0.1:{house.port}", credentials.for_grpc(), options=CHANNEL_OPTIONS
+        ) as channel:
+            call = channel.stream_stream(SITE_DELIVER)(timeout=20)
+            await call.write(b"one")
+            return [await call.read(), await call.read(), await call.read()]
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        house.run(silent)
+    assert json.loads(dict(caught.value.trailing_metadata())[ERROR_KEY])["code"] == "network.slow"
+
+
+def test_an_open_stream_ends_within_two_seconds_of_its_site_s_revocation(house: House) -> None:
+    credentials = house.add()
+
+    async def scenario() -> float:
+        async with grpc.aio.secure_channel(
+            f"127.0.0.1:{house.port}", credentials.for_grpc(), options=CHANNEL_OPTIONS
+        ) as channel:
+            call = channel.stream_stream(SITE_DELIVER)(timeout=20)
+            assert await call.read() == b"north"
+            with house.registry.transaction() as session:
+                session.get_one(Member, "north").status = "revoked"
+            began = asyncio.get_running_loop().time()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert json.loads(dict(caught.value.trailing_metadata())[ERROR_KEY])["code"] == (
+                "identity.refused"
+            )
+            return asyncio.get_running_loop().time() - began
+
+    assert house.run(scenario) < 2.0
+
+
 def node_key(credentials: Credentials) -> str:
     return public_key_header(load_certificate(credentials.certificate).public_key())
 
@@ -299,7 +405,7 @@ def test_a_held_pull_returns_when_a_message_comes_and_ends_when_the_site_is_revo
         await asyncio.sleep(0.15)
         assert not call.done()
         change()
-        (house.folder / "kick").touch()
+        Kicks(house.folder / "kicks").kick([NODE])
         return await asyncio.wait_for(call, 10)
 
     async def scenario() -> None:
@@ -430,6 +536,7 @@ def test_a_port_that_is_taken_is_one_clear_error(house: House) -> None:
                 FleetForwarder("https://127.0.0.1:1", house.folder / "authority.pem", Path("k")),
                 Arrivals(house.folder),
                 dict.fromkeys(SERVICE_ROLES, None),  # type: ignore[arg-type]
+                dict.fromkeys(STREAM_ROLES, None),  # type: ignore[arg-type]
             )
             await gateway.start("127.0.0.1", house.port, house.folder)
         return caught.value.code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilium_common.errors import ConsiliumError
-from consilium_common.wire.methods import MAX_MESSAGE_BYTES
+from consilium_common.wire.methods import CHUNK_BYTES, MAX_MESSAGE_BYTES
 from consilium_server import limits as limits_module
 from consilium_server.limits import Allowances, Bucket, Limits, Meter
 
@@ -161,79 +162,124 @@ def test_room_that_never_comes_is_a_refusal_and_a_given_up_wait_leaves_no_trace(
     asyncio.run(scenario())
 
 
-def test_a_heartbeat_as_large_as_a_model_s_chunk_is_refused() -> None:
+def test_a_fleet_call_as_large_as_a_piece_of_starting_weights_is_refused() -> None:
     async def scenario() -> None:
         meter = Meter(Limits())
         async with meter.call("a") as call:
             await call.expect_body()
-            call.took_body(5 * MIB, "PushObject")
-            call.release()
-            await call.expect_body()
-            with pytest.raises(ConsiliumError) as caught:
-                call.took_body(5 * MIB, "SendNodeHeartbeat")
-            assert caught.value.code == "network.too-large"
+            call.took_body(5 * MIB, "Propose")
+            for name in ("SendNodeHeartbeat", "PushObject", "PushMessages"):
+                call.release()
+                await call.expect_body()
+                with pytest.raises(ConsiliumError) as caught:
+                    call.took_body(5 * MIB, name)
+                assert caught.value.code == "network.too-large"
 
     asyncio.run(scenario())
 
 
+def test_a_stream_s_piece_has_a_size_and_the_stream_room_for_two_for_as_long_as_it_lasts() -> None:
+    async def scenario() -> None:
+        limits = Limits(caller_bytes_in_flight=2 * MAX_MESSAGE_BYTES)
+        meter = Meter(limits)
+        async with AsyncExitStack() as stack:
+            for _ in range(2 * MAX_MESSAGE_BYTES // (2 * CHUNK_BYTES)):
+                call = await stack.enter_async_context(meter.call("a"))
+                await call.expect_stream()
+                call.took_piece(CHUNK_BYTES)  # noted as sent, and still in its room
+            one_more = await stack.enter_async_context(meter.call("a"))
+            with pytest.raises(ConsiliumError) as caught:
+                await one_more.expect_stream()
+            assert caught.value.code == "network.too-many-bytes"
+            with pytest.raises(ConsiliumError) as caught:
+                call.took_piece(CHUNK_BYTES + 1)
+            assert caught.value.code == "network.too-large"
+            async with meter.call("b") as other:
+                await other.expect_stream()
+        async with meter.call("a") as again:
+            await again.expect_body()  # all was given back
+
+    asyncio.run(scenario())
+
+
+def test_pieces_come_no_faster_than_the_site_may_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    async def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+
+    async def scenario() -> None:
+        limits = Limits(upload_bytes_per_second=4.0 * MIB, upload_burst_bytes=8 * MIB)
+        meter = Meter(limits, clock)
+        async with meter.call("a") as one, meter.call("a") as two, meter.call("b") as other:
+            for _ in range(20):
+                for call in (one, two):  # two streams share what one site has
+                    await call.wait_for_debt()
+                    call.took_piece(CHUNK_BYTES)
+            before = clock.now
+            for _ in range(8):
+                await other.wait_for_debt()
+                other.took_piece(CHUNK_BYTES)
+            assert clock.now == before
+
+    asyncio.run(scenario())
+    # 40 MiB: 8 at once, the last may be owed, and 31 at 4 a second.
+    assert clock.now == pytest.approx(31 / 4)
+
+
 def test_the_defaults_let_a_hundred_million_parameters_through_on_a_fast_line() -> None:
-    """400 MB down and up at 10 Gbit/s, two chunks at a time, with a hello every second."""
+    """400 MB down and up at 10 Gbit/s, two studies at a time, with a few small calls between."""
 
     async def scenario() -> None:
         clock = Clock()
         meter, allowances = Meter(Limits(), clock), Allowances(Limits())
-        chunk, chunks = 5_000_000, 80
         for _ in range(3):
             allowances.message("7")
-            for number in range(chunks):
-                clock.now += chunk / 1.25e9
-                async with meter.call("a") as call:
-                    await call.expect_body()
-                    call.took_body(200, "PullObject")
-                    call.holds(chunk)
-                    allowances.sent("7", str(number), chunk)
-            for _ in range(chunks):
-                clock.now += chunk / 1.25e9
-                async with meter.call("a") as one, meter.call("a") as two:
-                    await one.expect_body()
-                    await two.expect_body()
-                    one.took_body(chunk, "PushObject")
-                    allowances.charge("7", chunk)
+            async with meter.call("a") as one, meter.call("a") as two:
+                await one.expect_stream()
+                await two.expect_stream()
+                for _ in range(400_000_000 // CHUNK_BYTES):
+                    clock.now += CHUNK_BYTES / 1.25e9
+                    for call in (one, two):
+                        assert not call._use.upload.debt_seconds()
+                        call.took_piece(CHUNK_BYTES)
+                async with meter.call("a") as reply:
+                    await reply.expect_body()
+                    reply.took_body(2000, "PushMessages")
+                    allowances.charge("7", 2000)
             clock.now += 5.0  # training
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
-def test_a_site_uploads_in_proportion_to_the_model_that_it_was_given() -> None:
-    allowances = Allowances(Limits(upload_factor=2.0, upload_floor_bytes=MIB))
+def test_a_site_sends_flower_no_more_than_replies_have() -> None:
+    allowances = Allowances(Limits(reply_bytes=64 * 1024))
     allowances.message("7")
-    for _ in range(100):
-        allowances.sent("7", "same object", 10 * MIB)  # asking again earns nothing
     sent = 0
     with pytest.raises(ConsiliumError) as caught:
         while True:
-            allowances.charge("7", MIB)
-            sent += 1
+            allowances.charge("7", 1000)
+            sent += 1000
     assert caught.value.code == "network.too-much"
-    assert 20 <= sent <= 22
-    allowances.charge("8", MIB)  # another site's is its own
-    allowances.refund("7", MIB)
-    allowances.charge("7", MIB)
+    # The reply to it, and one to a message from before.
+    assert sent == 2 * 64 * 1024 // 1000 * 1000
+    allowances.charge("8", 1000)  # another site's is its own
+    allowances.message("7")
+    allowances.charge("7", 64 * 1024)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 400), st.integers(1, 30), st.integers(0, 3))
+@given(st.integers(1, 300_000), st.integers(1, 30), st.integers(0, 3))
 def test_an_honest_site_is_never_over_its_allowance(size: int, rounds: int, tries: int) -> None:
-    """Rounds of training and evaluation, each object tried again up to once in full."""
+    """Rounds of training and evaluation, each reply tried again a few times in full."""
     allowances = Allowances(Limits())
-    for number in range(rounds):
-        allowances.message("7")
-        allowances.sent("7", f"m{number}", size * MIB)
-        for _ in range(1 + min(tries, 1)):
-            allowances.charge("7", size * MIB)
-        allowances.message("7")  # an evaluation: the new model again, and a few figures back
-        allowances.sent("7", f"e{number}", size * MIB)
-        allowances.charge("7", 1000)
+    for _ in range(rounds):
+        for _ in ("train", "evaluate"):
+            allowances.message("7")
+            for _ in range(1 + tries):
+                allowances.charge("7", size)
 
 
 def write(folder: Path, limits: object) -> Path:

@@ -16,6 +16,7 @@ from egress_samples import NODE, RUN, Question, plain_study
 from flwr.proto.fab_pb2 import Fab, GetFabResponse
 from site_samples import JoinedSite, joined_site
 
+from consilium_client import link
 from consilium_client.executor import Arrivals
 from consilium_client.flower_private import MessageSource
 from consilium_client.flower_private_fleet import make_request, node_key, read_request
@@ -24,7 +25,7 @@ from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.flower_bundle import bundle, bundle_hash
 from consilium_common.wire.channel import rpc_error
-from consilium_common.wire.methods import ERROR_KEY, FLEET_PATHS, MAX_MESSAGE_BYTES
+from consilium_common.wire.methods import ERROR_KEY, FLEET_PATHS
 
 
 class Aggregator:
@@ -202,7 +203,7 @@ def test_nothing_else_is_answered(site: JoinedSite, method: str, path: str) -> N
 
 def test_a_body_larger_than_any_honest_one_is_refused(site: JoinedSite) -> None:
     aggregator = Aggregator()
-    body = bytes(MAX_MESSAGE_BYTES + 1)
+    body = bytes(256 * 1024 + 1)  # models and updates go another way: no tensor fits
     assert ask(site, "/v1/fleet/push-object", body, aggregator=aggregator)[0] == 413
     assert aggregator.calls == []
 
@@ -245,13 +246,27 @@ def grpc_error(code: str | None) -> Exception:
     ],
 )
 def test_a_refusal_becomes_the_status_that_makes_flower_do_the_right_thing(
-    site: JoinedSite, code: str | None, status: int
+    site: JoinedSite, monkeypatch: pytest.MonkeyPatch, code: str | None, status: int
 ) -> None:
+    monkeypatch.setattr(link, "_REACHED_SECONDS", 0.01)  # it waits for the aggregator first
     aggregator = Aggregator(grpc_error(code))
     body = honest(site, "GetRun")
     found, _, said = ask(site, "/v1/fleet/get-run", body, aggregator=aggregator)
     assert found == status
     assert bool(said) == (status == 401)
+
+
+def test_where_the_site_is_known_a_node_is_refused_that_the_aggregator_has_forgotten(
+    site: JoinedSite,
+) -> None:
+    async def greeted(link: Link) -> None:
+        link._connected = True
+
+    aggregator = Aggregator(grpc_error("identity.refused"))
+    body = honest(site, "GetRun")
+    path = "/v1/fleet/get-run"
+    found, _, said = ask(site, path, body, aggregator=aggregator, meanwhile=greeted)
+    assert (found, said) == (401, [])
 
 
 def test_flowers_own_status_passes_through(site: JoinedSite) -> None:

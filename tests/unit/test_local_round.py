@@ -167,9 +167,9 @@ def test_a_clip_norm_that_adapts_is_carried_to_the_next_round_and_stays_here(
     told: list[float] = []
     train = rounds.session.train
 
-    def listened(*arguments: Any, clip_norm: float) -> Any:
+    def listened(*arguments: Any, clip_norm: float, **more: Any) -> Any:
         told.append(clip_norm)
-        return train(*arguments, clip_norm=clip_norm)
+        return train(*arguments, clip_norm=clip_norm, **more)
 
     monkeypatch.setattr(rounds.session, "train", listened)
     first = rounds.train(0)

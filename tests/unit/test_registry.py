@@ -11,6 +11,7 @@ import pytest
 from site_samples import plain_study, private_study
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
+from state_samples import put
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.study import Study
@@ -25,6 +26,7 @@ from consilium_server.tables import (
     Member,
     Received,
     Round,
+    StudyEvent,
     StudyRow,
     Witnessed,
     now,
@@ -119,9 +121,9 @@ def test_running_studies_are_named_without_the_others(registry: Registry) -> Non
     first, second = add_study(registry, plain_study()), add_study(registry, private_study())
     assert registry.running() == []
     for digest in (first, second):
-        registry.set_study_state(digest, "running")
+        put(registry, digest, "running")
     assert registry.running() == [first, second]
-    registry.set_study_state(first, "stopped")
+    put(registry, first, "stopped")
     assert registry.running() == [second]
 
 
@@ -168,6 +170,9 @@ def test_what_bears_witness_cannot_be_changed_or_deleted(registry: Registry, tab
         "received": received(site="n"),
         "alarms": Alarm(site="n", code="c", message="m", at=now()),
         "audit_log": ActRow(sequence=0, record={}),
+        "study_history": StudyEvent(
+            digest="d", before="", after="draft", who="ada", why="", at=now()
+        ),
     }
     with registry.transaction() as session:
         session.add(rows[table])
@@ -266,21 +271,6 @@ def test_a_member_is_online_while_it_was_heard_of_and_is_not_revoked() -> None:
     assert seconds_since(None) == float("inf")
 
 
-def test_a_study_that_was_stopped_does_not_become_failed(registry: Registry) -> None:
-    digest = add_study(registry, plain_study())
-    registry.set_study_state(digest, "running", "started by operator")
-    assert registry.study(digest).started_at is not None
-    registry.set_study_state(digest, "stopped", "stopped by operator")
-    registry.fail_running(digest, "its process was killed")
-    found = registry.study(digest)
-    assert (found.state, found.reason) == ("stopped", "stopped by operator")
-    assert found.ended_at is not None
-    registry.set_study_state(digest, "running")
-    assert registry.study(digest).ended_at is None
-    registry.fail_running(digest, "it broke")
-    assert registry.study(digest).state == "failed"
-
-
 def test_a_running_study_is_found_by_its_flower_run_and_an_ended_one_is_not(
     registry: Registry,
 ) -> None:
@@ -288,7 +278,8 @@ def test_a_running_study_is_found_by_its_flower_run_and_an_ended_one_is_not(
     with registry.transaction() as session:
         session.get_one(StudyRow, digest).flower_run = "17"
     assert registry.running_as("17") is None
-    registry.set_study_state(digest, "running")
+    with registry.transaction() as session:
+        session.get_one(StudyRow, digest).state = "running"
     found = registry.running_as("17")
     assert found is not None
     assert found.digest == digest

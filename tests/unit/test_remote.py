@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 from aggregator_samples import Aggregator, consilium
+from state_samples import put
 
 from consilium_common.audit.acts import read_log
 from consilium_common.audit.evidence import Evidence
 from consilium_common.audit.fetch import records_for
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity import personal
-from consilium_common.identity.authority import Authority
+from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import Role, describe, load_certificate
 from consilium_common.identity.personal import Personal
 from consilium_common.identity.trust import Trust
@@ -71,7 +72,7 @@ def test_an_operator_works_from_anywhere_and_signs_with_a_key_of_their_own(
     assert shown["proposed_by"] == "ada"
     assert consilium("study", "run", row.digest, "--connect", folder) == "study.not-approved"
     assert ("ada", "operator", "propose", row.name, "done") in aggregator.acts
-    assert ("ada", "operator", "run", "", "refused: study.not-approved") in aggregator.acts
+    assert ("ada", "operator", "run", row.name, "refused: study.not-approved") in aggregator.acts
 
 
 def test_members_are_invited_listed_and_revoked_from_elsewhere(
@@ -283,7 +284,7 @@ def test_a_site_is_shown_what_was_proposed_to_it_and_nothing_else(
         "why": "",
         "signature": "00",
     }
-    aggregator.registry.set_study_state(digest, "running")
+    put(aggregator.registry, digest, "running")
     with aggregator.caller(sites["south"]) as caller:
         assert refusal(caller.call, methods.SITE_DECIDE, said).code == "study.unknown"
         where = {"digest": digest, "phase": "training"}
@@ -410,6 +411,13 @@ def test_evidence_is_compared_with_what_the_aggregator_says_itself(
     evidence = Evidence(tmp_path / "ledger.jsonl", signer.public_key, signer=signer)  # type: ignore[arg-type]
     found = records_for(evidence, None, eve.folder, None)
     assert found is not None
+    # Where it is from, for people to read; not a temporary file that is gone.
+    address = Personal.read(eve.folder).settings.address
+    assert found.path == f"records of north at {address}"
+    foreign = tmp_path / "foreign.pem"
+    foreign.write_bytes(certificate_pem(Authority.create("elsewhere").certificate))
+    broken = refusal(records_for, evidence, None, eve.folder, foreign)
+    assert (broken.code, broken.where) == ("privacy.records-broken", found.path)
     assert (found.site, found.signer.serial) == ("north", signer.serial)
     assert records_for(evidence, None, None, None) is None
     bare = replace(evidence, signer=None)

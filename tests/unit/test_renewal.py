@@ -23,6 +23,7 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import Role
+from consilium_common.identity.trust import Trust
 from consilium_common.wire.methods import (
     MEMBER_RENEW,
     MEMBER_TRUST,
@@ -111,7 +112,7 @@ def test_a_call_that_is_held_survives_the_replacement_of_its_certificate(
         await connection.unary(SITE_HELLO)(hello(site), timeout=10)
         assert office.member().serial == f"{serial(site):x}"
         # Asked again whether it may go on, the old certificate may not: the call is repeated.
-        office.kick.touch()
+        office.kicks.kick([NODE])
         await until(lambda: len(office.forwarded) >= 2)
         assert not held.done()
         held.cancel()
@@ -297,6 +298,23 @@ def test_an_authority_that_nobody_trusted_vouches_for_is_refused(
         follow_trust(site.home, site.identity)
     assert caught.value.code == "identity.untrusted-authority"
     assert (site.home.identity / "authority.pem").read_bytes() == before
+    # A running site says that it is about the authority: its own certificate is as good as before.
+    with office.open():
+        said = run_renewal(site, lambda _, said: bool(said), trust="another digest")
+    assert said[0].startswith("AUTHORITY: ")
+    assert "identity.untrusted-authority" in said[0] or "vouches" in said[0]
+    assert "not renewed" not in said[0] and "shut out" not in said[0]
+    assert "fingerprint words" in said[0]  # what to do
+    assert (site.home.identity / "authority.pem").read_bytes() == before
+
+
+def test_authorities_of_another_consortium_are_not_followed(office: Office, tmp_path: Path) -> None:
+    site = office.site(tmp_path / "site")
+    foreign = Trust.of(Authority.create("elsewhere").certificate).pem()
+    with pytest.raises(ConsiliumError) as caught:
+        site.identity.trust.follow(foreign, None)
+    assert caught.value.code == "identity.foreign"
+    assert "number you know" in caught.value.hint
 
 
 # --- greetings -----------------------------------------------------------------------------------

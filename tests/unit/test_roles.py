@@ -20,6 +20,8 @@ from consilium_common.wire.methods import (
     FLEET_PATHS,
     PRIVILEGED,
     SERVICE_ROLES,
+    SITE_DELIVER,
+    STREAM_ROLES,
     fleet_method,
 )
 from consilium_common.wire.tls13 import grpc
@@ -27,7 +29,7 @@ from consilium_server import members
 from consilium_server.flower_private import node_key_bytes, public_key_header
 from consilium_server.limits import Limits
 
-EVERY_METHOD = (*SERVICE_ROLES, *map(fleet_method, FLEET_PATHS))
+EVERY_METHOD = (*SERVICE_ROLES, *STREAM_ROLES, *map(fleet_method, FLEET_PATHS))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,8 @@ def test_the_table_in_the_page_is_that_of_the_code() -> None:
     assert set(written()) == set(EVERY_METHOD)
     assert set(SERVICE_ROLES) >= PRIVILEGED
     # Nobody but these four roles opens anything.
-    assert all(roles <= set(COLUMNS) for roles in SERVICE_ROLES.values())
+    ours = {**SERVICE_ROLES, **STREAM_ROLES}
+    assert all(roles <= set(COLUMNS) for roles in ours.values())
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_without_a_certificate_nothing_opens(
     target, options = channel_target(f"127.0.0.1:{aggregator.port}", None)
     nobody = grpc.ssl_channel_credentials(callers["site"].authority)
     with grpc.secure_channel(target, nobody, options=options) as channel:
-        for method in (*list(SERVICE_ROLES)[:3], fleet_method("GetRun")):
+        for method in (*list(SERVICE_ROLES)[:3], SITE_DELIVER, fleet_method("GetRun")):
             with pytest.raises(grpc.RpcError) as caught:
                 channel.unary_unary(method)(b"{}", timeout=20)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -135,13 +138,17 @@ def _call(channel: grpc.Channel, method: str, credentials: Credentials, node: in
     """Call a method with nothing useful; return ``open``, or how it was refused."""
     key = describe(load_certificate(credentials.certificate)).public_key
     body, headers = b"{}", ()
-    if method not in SERVICE_ROLES:
+    if method in map(fleet_method, FLEET_PATHS):
         body, headers = (
             _own_body(method, key, node),
             (("flwr-public-key", public_key_header(key)),),
         )
     try:
-        channel.unary_unary(method)(body, timeout=20, metadata=headers)
+        if method in STREAM_ROLES:
+            # A first message and no more; whoever is let in is told what is wrong with it.
+            list(channel.stream_stream(method)(iter([body]), timeout=20))
+        else:
+            channel.unary_unary(method)(body, timeout=20, metadata=headers)
     except grpc.RpcError as error:
         trailing = dict(error.trailing_metadata() or ())
         if ERROR_KEY not in trailing:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import shutil
+import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from issuing_samples import HOUR, KEY, SECRET, SIGNING, code_of, join, request_file, requests_of
+from typer.testing import CliRunner
 
 from consilium_common.audit.documents import judging
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.certificates import Role, load_certificate, read_certificate
 from consilium_common.identity.enrolment import read_certificates
-from consilium_common.identity.keys import load_tls_key
+from consilium_common.identity.keys import is_locked, load_tls_key
 from consilium_common.identity.trust import Trust
 from consilium_server import members
+from consilium_server.acts import acts_of
 from consilium_server.certifying import certify
+from consilium_server.changing import changing_keys
+from consilium_server.cli import app
 from consilium_server.home import ServerHome
 from consilium_server.issuing import (
     HomeIssuer,
@@ -23,6 +30,7 @@ from consilium_server.issuing import (
     load_issuer,
     renew_server_if_due,
 )
+from consilium_server.locking import lock_authority
 from consilium_server.registry import Registry
 from consilium_server.rotation import Custody, finish_rotation, rotate_authority, rotate_server
 
@@ -128,6 +136,97 @@ def test_members_that_are_not_ready_are_out_only_by_force_and_a_stolen_key_prove
     assert judging(old, home.identity / "authority.pem", where="") is None
     # A third authority keeps the consortium's identifier, and the first one is past for good.
     assert rotate_authority(custody).consortium == issuer.trust.consortium
+
+
+def test_whoever_changes_keys_keeps_every_other_change_waiting(
+    home: ServerHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issuer, custody = load_issuer(home), Custody(home)
+    server = read_certificate(home.identity / "server.pem")
+    before = {path.name: path.read_bytes() for path in home.identity.iterdir()}
+    acts = (
+        lambda: rotate_server(home, issuer),
+        lambda: rotate_authority(custody),
+        lambda: finish_rotation(custody, force=True),
+        lambda: lock_authority(custody, SECRET),
+        lambda: renew_server_if_due(home, issuer, moment=server.not_valid_after_utc),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("consilium_server.changing.WAIT_SECONDS", 0.0)
+        with changing_keys(home):
+            assert [code_of(act) for act in acts] == ["state.running"] * len(acts)
+    assert before == {path.name: path.read_bytes() for path in home.identity.iterdir()}
+    # Whoever waits gets its turn, and of two that begin a rotation one is told that it is open.
+    holding = threading.Event()
+
+    def hold() -> None:
+        with changing_keys(home):
+            holding.set()
+            time.sleep(0.3)
+            assert len(Trust.read(home.identity / "authority.pem").authorities) == 1
+
+    outcomes: list[str] = []
+
+    def begin() -> None:
+        try:
+            rotate_authority(custody)
+            outcomes.append("begun")
+        except ConsiliumError as error:
+            outcomes.append(error.code)
+
+    threads = [threading.Thread(target=one) for one in (hold, begin, begin)]
+    threads[0].start()
+    assert holding.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(outcomes) == ["begun", "identity.rotation-open"]
+    assert len(Trust.read(home.identity / "authority.pem").authorities) == 2
+
+
+def test_an_open_authority_is_locked_later_and_invites_on_without_its_passphrase(
+    home: ServerHome, tmp_path: Path
+) -> None:
+    running = load_issuer(home)
+    assert running.issue("early", Role.SITE, *requests_of(Role.SITE))
+    key, secret = home.identity / "authority-key.pem", tmp_path / "secret"
+    secret.write_bytes(SECRET + b"\n")
+    secret.chmod(0o600)
+
+    def typed(*arguments: object) -> tuple[int, str]:
+        words = ["lock-authority", *map(str, arguments), "--home", str(home.path)]
+        outcome = CliRunner().invoke(app, words)
+        return outcome.exit_code, outcome.output
+
+    (tmp_path / "short").write_bytes(b"hush\n")
+    (tmp_path / "short").chmod(0o600)
+    status, said = typed("--new-passphrase-file", tmp_path / "short")
+    assert (status, is_locked(key)) == (5, False)
+    assert "identity.weak-passphrase" in said
+    status, said = typed("--new-passphrase-file", secret)
+    assert (status, is_locked(key)) == (0, True), said
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert code_of(load_issuer, home) == "identity.passphrase-needed"
+    assert load_issuer(home, SECRET).issue("north", Role.SITE, *requests_of(Role.SITE))
+    # A running aggregator goes on as it was started; inviting needs no passphrase.
+    assert running.issue("north", Role.SITE, *requests_of(Role.SITE))
+    invitation = members.invite(home, "south", HOUR)
+    certify(home, load_issuer(home, SECRET), request_file(tmp_path, invitation), tmp_path / "south")
+    assert acts_of(home).document(running.trust)["content"]["entries"][-1]["act"] == "lock"
+
+    # Another passphrase takes the one before, and only that.
+    custody = Custody(home, b"a wrong passphrase")
+    assert code_of(lock_authority, custody, b"the next passphrase") == "identity.wrong-passphrase"
+    (tmp_path / "next").write_bytes(b"the next passphrase\n")
+    (tmp_path / "next").chmod(0o600)
+    status, said = typed("--passphrase-file", secret, "--new-passphrase-file", tmp_path / "next")
+    assert status == 0, said
+    assert code_of(load_issuer, home, SECRET) == "identity.wrong-passphrase"
+    # While the key before lies here too, nothing is locked by halves.
+    later = Custody(home, b"the next passphrase")
+    rotate_authority(later)
+    assert code_of(lock_authority, later, SECRET) == "identity.rotation-open"
 
 
 class Killed(BaseException):

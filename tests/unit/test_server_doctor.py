@@ -12,11 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from diagnosis_samples import Port, cause_of, diagnosed, secrets_in
+from diagnosis_samples import Port, alarms, cause_of, diagnosed, secrets_in
 from typer.testing import CliRunner
 
 from consilium_common.cli import app as root
-from consilium_common.diagnosis.steps import Outcome
+from consilium_common.diagnosis.steps import Outcome, Step
 from consilium_common.errors import WARNINGS_ONLY
 from consilium_common.identity.authority import certificate_pem
 from consilium_common.identity.certificates import Role
@@ -28,7 +28,7 @@ from consilium_server.doctor.aggregator import ServerDoctor
 from consilium_server.home import ServerHome
 from consilium_server.members import initialise
 from consilium_server.registry import Registry
-from consilium_server.tables import APPEND_ONLY
+from consilium_server.tables import APPEND_ONLY, now
 
 
 class House:
@@ -73,6 +73,7 @@ def test_a_new_aggregator_is_in_order_and_does_not_run_yet(house: House) -> None
     assert status in (0, WARNINGS_ONLY), out
     assert "✗" not in out and "does not run" in out
     assert fingerprint_words(house.authority.certificate) in out
+    assert "server lock-authority" in " ".join(out.split())
 
 
 def test_a_running_aggregator_answers_here_and_at_the_address_of_the_invitations(
@@ -86,6 +87,15 @@ def test_a_running_aggregator_answers_here_and_at_the_address_of_the_invitations
     for name in ("port", "TLS", "services", "version", "DNS", "outside"):
         assert outcomes[name] is Outcome.OK, found.step(name)
     assert str(os.getpid()) in found.step("port").happened
+
+
+def test_its_looks_at_the_port_alarm_nobody_there(house: House) -> None:
+    house.running()
+    with alarms(house.port, house.number, house.home.database) as told:
+        found = diagnosed(house.doctor().checks())
+    assert (found.cause, told) == (None, [])
+    for name in ("TLS", "outside"):
+        assert found.step(name).outcome is Outcome.OK
 
 
 def test_a_process_that_lives_and_does_not_listen_is_the_cause(house: House) -> None:
@@ -204,3 +214,22 @@ def test_a_ticket_names_the_address_and_the_sites_and_holds_no_secret(
         assert needed in " ".join(text.split()), needed
     assert secrets_in(text, house.home.identity) == [] and "PRIVATE" not in text
     assert house.call("--ticket")[1].startswith("Subject: ")
+
+
+def test_processes_that_end_again_and_again_are_a_warning(house: House) -> None:
+    def step() -> Step:
+        return diagnosed(house.doctor().checks()).step("processes")
+
+    assert step().outcome is Outcome.OK
+    journal = house.home.run / "supervisor.json"
+    said = {"at": now(), "what": "superlink ended with status 1; starting it again in 0.3 s"}
+    left = {"at": now(), "what": "ended executor, process 7, which was left from before"}
+    journal.write_text(json.dumps([left, said, said]))
+    found = step()
+    assert found.outcome is Outcome.OK
+    assert "2 restarts in the last hour; 1 orphan" in found.happened
+    journal.write_text(json.dumps([said] * 3))
+    found = step()
+    assert found.outcome is Outcome.WARNING and "logs" in found.todo
+    journal.write_text(json.dumps([{**said, "at": "2020-01-01T00:00:00+00:00"}] * 9))
+    assert step().outcome is Outcome.OK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.models.registry import initial_weights
 from consilium_common.models.weights import pack
 from consilium_common.wire.messages import to_server
-from consilium_server import rounds
 from consilium_server.released import checked_figures, noisy_score
+from consilium_server.rounds import concluding
 from consilium_server.watching import evaluation_line, one_line, study_view
 
 
@@ -60,7 +61,8 @@ def test_a_private_study_evaluates_the_start_first_and_never_twice(tmp_path: Pat
             raise ConsiliumError("run.failed", "Not now.")
 
     house.answers.instead = broken
-    assert house.fails() == "run.quorum"
+    waits_for = house.stuck()
+    assert waits_for.startswith("waiting for 2 more sites; east: run.failed: Not now.; north: ")
     assert house.answers.asked == [
         ("evaluate", 0),
         ("train", 0),
@@ -180,7 +182,7 @@ def test_without_a_quorum_of_scores_no_private_step_is_taken(tmp_path: Path) -> 
     house.answers.instead = lambda site, kind, number: (
         to_server(None, {"sum": float("nan")}) if kind == "evaluate" and site != "north" else None
     )
-    assert house.fails() == "run.quorum"
+    assert house.stuck().startswith("waiting for 1 more site; east: run.bad-figures: ")
     assert house.answers.asked == [("evaluate", 0)]
     assert house.show()["evaluations"] == []
     # What did come is noted, once.
@@ -213,11 +215,21 @@ def test_only_trained_tensors_are_averaged_and_the_rest_stays_as_it_began(
     assert set(house.answers.models["train", 1]) == set(start)
 
 
-def test_an_update_with_a_frozen_tensor_in_it_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", ["the whole model", "one tensor too few", "a NaN"])
+def test_an_update_that_is_not_what_the_study_declares_is_left_out(
+    tmp_path: Path, sent: str
+) -> None:
     house = House(tmp_path, a_study(model={"trainable": "first+last"}))
-    whole = initial_weights(house.study)
+    weights = initial_weights(house.study)
+    if sent != "the whole model":
+        weights = {name: weights[name] for name in sorted(house.answers.trained)}
+        name = min(weights)
+        if sent == "a NaN":
+            weights[name] = np.full_like(weights[name], np.nan)
+        else:
+            del weights[name]
     house.answers.instead = lambda site, kind, number: (
-        to_server(pack(whole), None) if (kind, site) == ("train", "south") else None
+        house.answers.delivered(site, pack(weights)) if (kind, site) == ("train", "south") else None
     )
     house.run()
     for row in house.show()["rounds"]:
@@ -267,12 +279,13 @@ def test_a_crash_before_the_checkpoint_repeats_the_round_and_counts_it_once(
         raise ConsiliumError("state.disk", "The disk is full.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rounds, "save_checkpoint", full)
+        patch.setattr(concluding, "save_checkpoint", full)
         assert house.fails() == "state.disk"
     assert [row["number"] for row in house.show()["rounds"]] == [0]
     house.answers.asked.clear()
     house.run()
-    assert house.answers.asked == [("train", 0), ("train", 1), ("evaluate", 2)]
+    # What was taken is on the disk: nobody is asked for it again.
+    assert house.answers.asked == [("train", 1), ("evaluate", 2)]
     assert [row["number"] for row in house.show()["rounds"]] == [0, 1]
     assert [row.round for row in house.registry.received("north")] == [0, 0, 1, 2]
 
@@ -290,7 +303,10 @@ def test_what_is_received_is_noted_by_its_hash_however_often_it_is_asked(tmp_pat
             raise ConsiliumError("run.failed", "Only once.")
 
     house.answers.instead = once
+    house.stuck()
+    shutil.rmtree(house.home.study_folder(house.study.digest) / "taken")
     house.run()
+    assert house.answers.asked.count(("train", 0)) == 1
     rows = house.registry.received("north")
     assert [(row.purpose, row.round) for row in rows] == [
         ("evaluation", 0),
@@ -317,12 +333,17 @@ def test_a_second_different_update_for_a_private_round_raises_an_alarm(tmp_path:
         if site == "north":
             model = house.answers.models["train", 0]
             update = house.answers.update(model, "north")
-            return to_server(
-                pack({k: v + np.float32(calls.count("north")) for k, v in update.items()}), None
+            return house.answers.delivered(
+                site, pack({k: v + np.float32(calls.count("north")) for k, v in update.items()})
             )
         return None
 
     house.answers.instead = changing
+    assert (
+        house.stuck() == "waiting for 1 more site; south: run.failed: So the round is asked again."
+    )
+    # The machine crashed: what was taken is lost, and every site is asked again.
+    shutil.rmtree(house.home.study_folder(house.study.digest) / "taken")
     house.run()
     (alarm,) = house.registry.alarms()
     assert (alarm.site, alarm.code) == ("north", "privacy.second-release")

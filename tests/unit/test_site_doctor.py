@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from diagnosis_samples import Port, cause_of, connect_proxy, diagnosed, secrets_in, shifted
+from diagnosis_samples import Port, alarms, cause_of, connect_proxy, diagnosed, secrets_in, shifted
 from site_samples import NAME, JoinedSite, joined_site, member_credentials
 from typer.testing import CliRunner
 
 from consilium_client.budget.policy import write_default_policy
-from consilium_client.doctor.site import SiteDoctor
+from consilium_client.doctor.site import SiteDoctor, Way
 from consilium_client.home import SiteHome
+from consilium_client.refusals import Refusals
 from consilium_common.cli import app as root
-from consilium_common.errors import WARNINGS_ONLY
+from consilium_common.diagnosis.steps import Outcome
+from consilium_common.diagnosis.tls import try_tls
+from consilium_common.errors import WARNINGS_ONLY, ConsiliumError
 from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import Role, describe
 from consilium_common.identity.invitation import Invitation, write_invitation
@@ -29,7 +33,18 @@ from consilium_server.tables import Member
 #: The issue's order.
 ORDER = [
     *("configuration", "rights", "clock", "DNS", "TCP", "proxy", "TLS", "identity", "revocation"),
-    *("version", "clock skew", "speed", "disk", "memory", "GPU", "cache", "data", "budget"),
+    *(
+        "version",
+        "clock skew",
+        "speed",
+        "egress",
+        "disk",
+        "memory",
+        "GPU",
+        "cache",
+        "data",
+        "budget",
+    ),
 ]
 
 
@@ -242,6 +257,71 @@ def test_the_way_is_looked_at_before_joining_and_the_invitation_stays_unused(
         found = diagnosed(SiteDoctor(fresh, invitation=file).network_checks())
     assert found.cause is None and found.step("TLS").facts["words"]
     assert [step.name for step in found.steps] == ORDER[:7]
+
+
+def test_the_way_before_joining_leads_through_the_proxy_that_joining_would_take(
+    house: House, tmp_path: Path
+) -> None:
+    file, login = invited(house, tmp_path), tmp_path / "login"
+    login.write_text("me:hush\n")
+    login.chmod(0o600)
+    fresh = SiteHome.create(tmp_path / "fresh")
+    with house.port.open(house.number), connect_proxy() as (proxy, heads):
+        url = f"http://{proxy}"
+        way = Way(url, login)
+        found = diagnosed(SiteDoctor(fresh, invitation=file, way=way).network_checks())
+        status, out, _ = call(
+            fresh,
+            "--ticket",
+            "--invitation",
+            str(file),
+            "--proxy",
+            url,
+            "--proxy-login",
+            str(login),
+        )
+    assert found.cause is None and proxy in found.step("proxy").happened
+    assert f"{file} --proxy {url} --proxy-login {login}" in found.step("configuration").todo
+    assert len(heads) >= 4 and all(head.startswith(f"CONNECT {house.address}") for head in heads)
+    assert all("Proxy-Authorization: Basic" in head for head in heads)
+    assert status == 0 and proxy in out and "hush" not in out
+    for options, code in (
+        (("--proxy", "https://proxy.example:3128"), "usage.proxy"),
+        (("--proxy", url, "--proxy-login", str(tmp_path / "none")), "identity.bad-login"),
+    ):
+        assert code in call(fresh, "--invitation", str(file), *options)[2]
+    for arguments in ((), ("--invitation", str(file))):  # joined, it has its own setting
+        status, _, err = call(house.home, *arguments, "--proxy", url)
+        assert status == 2 and "usage.proxy" in err and "site.json" in err
+
+
+def test_what_the_link_refused_is_counted_and_the_last_is_named(house: House) -> None:
+    with house.port.open(house.number):
+        calm = diagnosed(SiteDoctor(house.home).checks()).step("egress")
+        refusals = Refusals(house.home.refused)
+        for number in (1, 2):
+            error = ConsiliumError("privacy.egress", f"reply {number} is not of its round")
+            refusals.note("PushMessages", error)
+        noted = diagnosed(SiteDoctor(house.home).checks()).step("egress")
+        house.home.refused.write_text("{")
+        damaged = diagnosed(SiteDoctor(house.home).checks()).step("egress")
+    assert (calm.outcome, calm.facts["refused"]) == (Outcome.OK, 0)
+    assert noted.outcome is Outcome.WARNING
+    assert (noted.facts["refused"], noted.facts["code"]) == (2, "privacy.egress")
+    assert "refused 2 since" in noted.happened and "reply 2 is not of its round" in noted.happened
+    assert f"{datetime.now(UTC):%Y-%m-%d}" in noted.happened and "site egress" in noted.todo
+    assert damaged.outcome is Outcome.WARNING and "cannot be read" in damaged.happened
+
+
+def test_the_doctor_s_looks_at_the_port_alarm_nobody_there(house: House, tmp_path: Path) -> None:
+    fresh = SiteHome.create(tmp_path / "fresh")
+    with alarms(house.port, house.number, house.port.folder / "registry.db") as told:
+        assert diagnosed(SiteDoctor(house.home).checks()).cause is None
+        looked = SiteDoctor(fresh, invitation=invited(house, tmp_path))
+        assert diagnosed(looked.network_checks()).cause is None and looked.target is not None
+        assert "PRIVATE" not in repr(looked.target)
+        try_tls(replace(looked.target, credentials=None))  # a stranger's look is seen
+    assert told == ["identity.no-certificate"]
 
 
 def test_a_ticket_names_addresses_and_results_and_holds_no_secret(

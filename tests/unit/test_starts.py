@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from site_samples import plain_study, private_study
+from state_samples import put
 
+from consilium_client.greeting import greeting, studies_at_once
+from consilium_client.home import SiteHome
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import Authority, certificate_pem
@@ -27,6 +31,7 @@ from consilium_server.home import ServerHome
 from consilium_server.issuing import load_issuer
 from consilium_server.peers import Peer
 from consilium_server.registry import Registry
+from consilium_server.scheduler import Scheduler
 from consilium_server.services import services
 from consilium_server.starts import CHUNK_BYTES, PublicStarts, send_start
 from consilium_server.tables import Member, now
@@ -149,6 +154,7 @@ class Office:
             load_issuer(home),
             None,  # type: ignore[arg-type]
             Witness(self.registry, key),
+            scheduler=Scheduler(home, self.registry, None, lambda: False),  # type: ignore[arg-type]
         )
         self.keys = {name: new_signing_key() for name in ("operator", "north")}
         self.peers = {
@@ -250,8 +256,27 @@ def test_a_site_is_told_which_studies_run(office: Office) -> None:
     office.propose(study)
     request = {"session": "s", "version": "1", "protocol": methods.PROTOCOL}
     assert office.ask("north", methods.SITE_HELLO, request)["running"] == []
-    office.registry.set_study_state(study.digest, "running")
+    put(office.registry, study.digest, "running")
     assert office.ask("north", methods.SITE_HELLO, request)["running"] == [study.digest]
+
+
+def test_a_site_says_in_how_many_studies_it_takes_part_at_a_time(
+    office: Office, tmp_path: Path
+) -> None:
+    def says(policy: str) -> int | None:
+        (tmp_path / "policy.yaml").write_text(f"schema: consilium/policy/v1\n{policy}")
+        sent = json.loads(greeting("s", "", studies_at_once(SiteHome(tmp_path))))
+        office.ask("north", methods.SITE_HELLO, sent)
+        member = office.registry.member("north")
+        assert member is not None
+        return member.studies_at_once
+
+    assert says("studies_at_once: 2\n") == 2
+    assert says("") is None
+    assert says("studies_at_once: 1\n") == 1
+    assert says("studies_at_once: none of your business\n") is None, "it stays online"
+    wrong = {"session": "s", "version": "1", "protocol": methods.PROTOCOL, "studies_at_once": -1}
+    assert office.refusal(office.ask, "north", methods.SITE_HELLO, wrong) == "network.garbage"
 
 
 def test_heads_are_countersigned_in_the_caller_s_name(office: Office) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from egress_samples import NODE, Question, Reply, gate_of
+from egress_samples import NODE, Question, Reply, gate_of, reference
 from round_samples import COHORT_SIZE, NAME, RoundsAtSite, deciding_site, tiny_study
 from statistics_samples import counted_cohort, counting_study
 
@@ -263,7 +263,7 @@ def test_the_gate_passes_the_released_statistics_and_no_other_number(
         (to_server(None, {**figures, "size.0": figures["size.0"] + 1e-9}), "query"),
         (to_server(None, {name: v for name, v in figures.items() if name != "size.0"}), "query"),
         (to_server(None, None), "query"),
-        (to_server(b"weights", None), "query"),
+        (to_server(reference(b"weights"), None), "query"),
         (to_server(None, figures), "evaluate"),
         (to_server(None, figures), "train"),
         (to_server(None, figures), "query.other"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,49 +19,105 @@ from consilium_common.identity.certificates import Role
 from consilium_common.wire.messages import (
     FIGURES,
     INSTRUCTIONS,
-    MODEL,
-    WEIGHTS,
+    MAX_FILE_BYTES,
+    UPDATE,
     Instructions,
+    Reference,
     figures_of,
-    from_server,
     instructions_of,
     to_server,
     to_site,
-    weights_of,
+    update_of,
 )
 from consilium_common.wire.methods import (
     FLEET_CALL_BY_PATH,
     FLEET_PATHS,
     SERVICE_ROLES,
+    STREAM_ROLES,
     fleet_method,
 )
 
-ASKED = Instructions("d" * 64, 3, 20, last=True)
+FILE = Reference("a" * 64, 1234)
+ASKED = Instructions("d" * 64, 3, 20, last=True, model=FILE)
 
 
 # --- messages ----------------------------------------------------------------------------------
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.binary(max_size=3000), st.integers(0, 10_000), st.integers(1, 10**9), st.booleans())
+@given(
+    st.none() | st.builds(Reference, st.from_regex(r"[0-9a-f]{64}", fullmatch=True), st.just(7)),
+    st.integers(0, 10_000),
+    st.integers(1, 10**9),
+    st.booleans(),
+)
 def test_a_message_to_a_site_reads_back(
-    weights: bytes, round_index: int, cohort: int, last: bool
+    model: Reference | None, round_index: int, cohort: int, last: bool
 ) -> None:
-    asked = Instructions("d" * 64, round_index, cohort, last)
-    assert from_server(to_site(asked, weights)) == (asked, weights)
+    asked = Instructions("d" * 64, round_index, cohort, last, model)
+    assert instructions_of(to_site(asked)) == asked
 
 
-def test_a_model_of_many_chunks_reads_back() -> None:
-    weights = bytes(range(256)) * (12 * 1024 * 4)  # 12 MiB: three of Flower's chunks
-    assert weights_of(to_site(ASKED, weights)) == weights
+def test_a_file_is_named_by_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    # FIPS 180-4's own example.
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert Reference.of(path) == Reference(sha256, 3)
 
 
-def test_a_reply_carries_the_model_and_the_figures_that_may_leave() -> None:
-    content = to_server(b"weights", {"loss": 0.5})
-    assert (weights_of(content), figures_of(content)) == (b"weights", {"loss": 0.5})
-    assert figures_of(to_server(b"weights", None)) == {}
-    assert figures_of(to_server(b"weights", {})) == {}
+NO_NAMES: list[tuple[Any, Any]] = [
+    ("", 5),
+    ("a" * 63, 5),
+    ("a" * 65, 5),
+    ("A" * 64, 5),
+    ("a" * 64 + "\n", 5),
+    ("../" + "a" * 61, 5),
+    (b"a" * 64, 5),
+    ("a" * 64, 0),
+    ("a" * 64, -1),
+    ("a" * 64, MAX_FILE_BYTES + 1),
+    ("a" * 64, 5.0),
+    ("a" * 64, "5"),
+    ("a" * 64, True),
+    ("a" * 64, None),
+]
+
+
+@pytest.mark.parametrize(("sha256", "size"), NO_NAMES)
+def test_what_names_no_file_is_refused_wherever_it_stands(sha256: Any, size: Any) -> None:
+    from flwr.app import ConfigRecord
+
+    with pytest.raises(ConsiliumError) as caught:
+        Reference(sha256, size)
+    assert caught.value.code == "run.bad-message"
+    if size is None:
+        return
+    for read, content in (
+        (instructions_of, to_site(ASKED)),
+        (update_of, to_server(FILE, None)),
+    ):
+        if read is update_of:
+            content[UPDATE] = ConfigRecord({"sha256": sha256, "bytes": size})
+        else:
+            content[INSTRUCTIONS].update({"model": sha256, "model_bytes": size})
+        with pytest.raises(ConsiliumError) as caught:
+            read(content)
+        assert caught.value.code == "run.bad-message"
+
+
+def test_a_reply_names_the_update_and_carries_the_figures_that_may_leave() -> None:
+    content = to_server(FILE, {"loss": 0.5})
+    assert (update_of(content), figures_of(content)) == (FILE, {"loss": 0.5})
+    assert figures_of(to_server(FILE, None)) == {}
+    assert figures_of(to_server(FILE, {})) == {}
     assert list(to_server(None, None)) == []
+
+
+def test_no_message_carries_more_than_a_few_names_and_figures() -> None:
+    largest = Reference("f" * 64, MAX_FILE_BYTES)
+    for content in (to_site(replace(ASKED, model=largest)), to_server(largest, {"loss": 1.0})):
+        assert all(len(record.deflate()) < 1000 for record in content.values())
 
 
 @pytest.mark.parametrize(
@@ -68,33 +125,42 @@ def test_a_reply_carries_the_model_and_the_figures_that_may_leave() -> None:
     [
         lambda content: content.pop(INSTRUCTIONS),
         lambda content: content[INSTRUCTIONS].pop("round"),
+        lambda content: content[INSTRUCTIONS].pop("model"),
+        lambda content: content[INSTRUCTIONS].pop("model_bytes"),
         lambda content: content[INSTRUCTIONS].update({"round": 1.0}),
         lambda content: content[INSTRUCTIONS].update({"round": "1"}),
         lambda content: content[INSTRUCTIONS].update({"study": b"d"}),
         lambda content: content[INSTRUCTIONS].update({"last": 1}),
         lambda content: content[INSTRUCTIONS].update({"cohort_size": True}),
+        lambda content: content[INSTRUCTIONS].update({"model": ""}),
+        lambda content: content[INSTRUCTIONS].update({"model_bytes": 0}),
     ],
 )
 def test_instructions_of_another_form_are_refused(spoil: Callable[[Any], Any]) -> None:
-    content = to_site(ASKED, b"weights")
+    content = to_site(ASKED)
     spoil(content)
     with pytest.raises(ConsiliumError) as caught:
         instructions_of(content)
     assert caught.value.code == "run.bad-message"
 
 
-def test_a_message_without_a_model_or_with_another_form_of_it_is_refused() -> None:
-    from flwr.app import Array, ArrayRecord, RecordDict
+def test_a_reply_that_names_no_update_or_brings_one_along_is_refused() -> None:
+    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-    pickled = ArrayRecord({WEIGHTS: Array("float32", (1,), "numpy.ndarray", b"x")})
-    for content in (RecordDict(), RecordDict({MODEL: pickled}), to_server(None, {"loss": 1.0})):
+    tensors = ArrayRecord({"weights": Array("float32", (1,), "numpy.ndarray", b"x")})
+    for content in (
+        RecordDict(),
+        RecordDict({UPDATE: tensors}),
+        RecordDict({UPDATE: ConfigRecord({"sha256": "a" * 64})}),
+        to_server(None, {"loss": 1.0}),
+    ):
         with pytest.raises(ConsiliumError) as caught:
-            weights_of(content)
+            update_of(content)
         assert caught.value.code == "run.bad-message"
 
 
 def test_figures_that_are_no_numbers_are_left_out() -> None:
-    content = to_server(b"w", {"loss": 1.0})
+    content = to_server(FILE, {"loss": 1.0})
     content[FIGURES]["list"] = [1.0, 2.0]
     assert figures_of(content) == {"loss": 1.0}
 
@@ -102,10 +168,12 @@ def test_figures_that_are_no_numbers_are_left_out() -> None:
 def test_the_table_of_methods_is_one_to_one() -> None:
     assert {FLEET_CALL_BY_PATH[path] for path in FLEET_PATHS.values()} == set(FLEET_PATHS)
     assert len(set(FLEET_PATHS.values())) == 12
-    assert not set(map(fleet_method, FLEET_PATHS)) & set(SERVICE_ROLES)
+    tables = [set(map(fleet_method, FLEET_PATHS)), set(SERVICE_ROLES), set(STREAM_ROLES)]
+    assert len(set.union(*tables)) == sum(map(len, tables))
     # No method is for everybody, and an invitation opens one door.
-    assert all(roles for roles in SERVICE_ROLES.values())
-    assert [m for m, roles in SERVICE_ROLES.items() if Role.INVITATION in roles] == [
+    ours = {**SERVICE_ROLES, **STREAM_ROLES}
+    assert all(roles for roles in ours.values())
+    assert [m for m, roles in ours.items() if Role.INVITATION in roles] == [
         "/consilium.v1.Enrolment/Enrol"
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from budget_samples import policy, refused
-from data_fixtures import write_pairs
+from hospital_samples import hospital_with
 from round_samples import (
     COHORT_SIZE,
     NAME,
@@ -21,7 +21,7 @@ from round_samples import (
     keyed_cohort,
     tiny_study,
 )
-from site_samples import JoinedSite, joined_site
+from site_samples import JoinedSite
 from test_reviewing import asked
 from typer.testing import CliRunner
 
@@ -63,19 +63,18 @@ def at_step(
     rounds: RoundsAtSite, number: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> list[int]:
     """Do something in the middle of a step; returns the steps that were done, as they are."""
-    from consilium_client.training import plain_steps, private_steps
+    from consilium_client.training import optimiser
 
     done: list[int] = []
-    for module in (plain_steps, private_steps):
-        rate = module.learning_rate
+    rate = optimiser.learning_rate
 
-        def counted(*arguments: Any, rate: Callable[..., float] = rate) -> float:
-            done.append(len(done) + 1)
-            if len(done) == number:
-                act()
-            return rate(*arguments)
+    def counted(*arguments: Any) -> float:
+        done.append(len(done) + 1)
+        if len(done) == number:
+            act()
+        return rate(*arguments)
 
-        monkeypatch.setattr(module, "learning_rate", counted)
+    monkeypatch.setattr(optimiser, "learning_rate", counted)
     return done
 
 
@@ -249,13 +248,7 @@ def test_an_automatic_approval_waits_outside_its_hours_and_ends_with_its_rule(
 @pytest.fixture(scope="module")
 def hospital(tmp_path_factory: pytest.TempPathFactory) -> JoinedSite:
     """A joined site with eight imported patients, which permits studies without privacy."""
-    folder = tmp_path_factory.mktemp("hospital")
-    joined = joined_site(folder / "site")
-    pairs = write_pairs(folder / "data", 8)
-    labels = ["--label", "background=0", "--label", "liver=1", "--input", "ct", "--site", NAME]
-    home = ["--home", str(joined.home.path)]
-    answer = CliRunner().invoke(app, ["data", "import", str(pairs), *labels, *home])
-    assert answer.exit_code == 0, answer.output
+    joined = hospital_with(tmp_path_factory.mktemp("hospital"), 8)
     rules = policy(minimal_cohort=2, permit_non_private=True)
     joined.home.policy.write_text(default_policy_text(rules))
     return joined
@@ -299,6 +292,8 @@ def test_a_real_worker_stops_and_its_process_ends(
     store.decide(study, "approved", declared_size(5), "")
     pool = WorkerPool(hospital.home)
     told = Instructions(study.digest, 0, declared_size(5))
+    model = hospital.home.models / "model"
+    model.write_bytes(pack(initial_weights(study)))
     seen: list[int] = []
     after: list[int] = []
 
@@ -311,7 +306,7 @@ def test_a_real_worker_stops_and_its_process_ends(
 
     try:
         with refused("study.withdrawn"):
-            pool.do("train", told, pack(initial_weights(study)), progress)
+            pool.do("train", told, model, progress)
         # Of 5000: those that were done while the withdrawal was being written, and no more.
         assert seen[-1] < 2000
         assert time.monotonic_ns() - after[0] < 10e9

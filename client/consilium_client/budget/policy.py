@@ -83,17 +83,21 @@ class Policy(Part):
     #: Largest ε of one study's released, noised figures: of its evaluations for a test patient, of
     #: its statistics for a training patient. None: none may be released.
     private_metrics_epsilon: Annotated[float, Field(gt=0, le=100)] | None = DEFAULT_METRICS_EPSILON
+    #: Studies that this site takes part in at a time; None: in as many as there are.
+    studies_at_once: Annotated[int, Field(ge=1, le=1000)] | None = None
     #: Studies approved without asking a person; None: a person approves every study.
     approve_automatically: AutomaticApproval | None = None
 
     def to_canonical(self) -> dict[str, Any]:
         """Return the plain values that the ledger records, every default written out.
 
-        But for ``approve_automatically``, which came later: a policy without it is the same.
+        But for ``approve_automatically`` and ``studies_at_once``, which came later: a policy
+        without them is the same.
         """
         plain = self.model_dump(mode="json", by_alias=True)
-        if plain["approve_automatically"] is None:
-            del plain["approve_automatically"]
+        for key in ("approve_automatically", "studies_at_once"):
+            if plain[key] is None:
+                del plain[key]
         return plain
 
 
@@ -143,6 +147,10 @@ release_exact_metrics: {_scalar(chosen.release_exact_metrics)}
 # test patient on evaluation figures, and of each training patient on statistics (nobody is both).
 # null: none may leave. It counts in the budget above like all else.
 private_metrics_epsilon: {_scalar(chosen.private_metrics_epsilon)}
+
+# Studies that run here at a time; each keeps a model and data in memory, and on the GPU if there is
+# one. Their rounds take turns. The aggregator starts no more of them; null: as many as there are.
+studies_at_once: {_scalar(chosen.studies_at_once)}
 
 # Studies that this site approves by itself, without asking a person, while it runs. Every bound
 # holds at approval and before every step of training; whatever exceeds one waits for a person.

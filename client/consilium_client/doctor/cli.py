@@ -39,11 +39,20 @@ def doctor(
             "It stays unused."
         ),
     ] = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(help="With --invitation: HTTPS proxy, as `site join` takes it."),
+    ] = None,
+    proxy_login: Annotated[
+        Path | None,
+        typer.Option(help="With --proxy: file with user:password, readable by you alone."),
+    ] = None,
 ) -> None:
     """Go step by step from the configuration to the budget, and stop at the first cause.
 
-    Configuration, rights, clock, DNS, TCP, proxy, TLS, identity, revocation, version, speed, disk,
-    memory, GPU, cache, data, budget: what was tried, what happened, what to do.
+    Configuration, rights, clock, DNS, TCP, proxy, TLS, identity, revocation, version, speed,
+    what the link refused, disk, memory, GPU, cache, data, budget: what was tried, what happened,
+    what to do.
 
     Exit status: 0 all is well, 10 warnings only; else that of the cause: 4 data, 5 identity,
     6 privacy, 7 network, 8 this machine's state.
@@ -51,7 +60,7 @@ def doctor(
     from consilium_client.data.doctor.examination import sorted_findings
     from consilium_client.data.doctor.outcome import mended
     from consilium_client.data.findings import findings_table
-    from consilium_client.doctor.site import SiteDoctor
+    from consilium_client.doctor.site import SiteDoctor, Way
     from consilium_common.diagnosis.page import conclude, live
     from consilium_common.diagnosis.steps import examine
 
@@ -62,14 +71,15 @@ def doctor(
         raise ConsiliumError(
             "usage.ticket", "A file is given without --ticket.", hint="Write: --ticket FILE"
         )
+    way = Way(proxy, proxy_login)
     if ticket:
-        _write_ticket(SiteDoctor(opened, invitation), file)
+        _write_ticket(SiteDoctor(opened, invitation, way=way), file)
         return
     fixed = mended(opened) if fix else ()
     for line in fixed:
         (err() if MODE.json else out()).print(line, markup=False)
     with progress_shown() as (progress, _):
-        looked = SiteDoctor(opened, invitation, study, progress)
+        looked = SiteDoctor(opened, invitation, study, progress, way=way)
         diagnosis = examine(looked.checks(), live())
     findings = sorted_findings(looked.findings)
     if len(findings) > 1 or (diagnosis.cause is None and findings):

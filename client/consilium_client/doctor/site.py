@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from consilium_client.data.doctor.outcome import data_part
 from consilium_client.data.doctor.site import Part, cache, disk, rights
 from consilium_client.data.findings import Finding
+from consilium_client.doctor.refused import check_refused
 from consilium_client.home import SiteHome
 from consilium_client.identity import (
     JOIN_AGAIN,
@@ -20,6 +21,7 @@ from consilium_client.identity import (
     complete_join,
     read_config,
 )
+from consilium_client.joining import given_login
 from consilium_common.diagnosis.exchange import Exchange
 from consilium_common.diagnosis.machine import check_disk, check_gpu, check_memory, check_secrets
 from consilium_common.diagnosis.reaching import look_up, try_proxy, try_tcp
@@ -33,7 +35,7 @@ from consilium_common.identity.invitation import read_invitation
 from consilium_common.identity.trust import Trust
 from consilium_common.identity.words import fingerprint_words
 from consilium_common.wire.channel import Credentials
-from consilium_common.wire.proxy import choose_proxy, read_login
+from consilium_common.wire.proxy import NO_PROXY, check_setting, choose_proxy, read_login
 from consilium_common.wire.unavailable import own_trouble
 
 if TYPE_CHECKING:
@@ -46,6 +48,28 @@ _LITTLE: Final = 0.1
 _TABLE: Final = "See the findings below; `consilium site data check` shows them with pictures."
 
 
+@dataclass(frozen=True)
+class Way:
+    """The way out that `site join` would be given.
+
+    Attributes
+    ----------
+    proxy : str or None
+        As :func:`consilium_common.wire.proxy.check_setting` takes it; None: straight.
+    login_file : Path or None
+        File with ``user:password`` for the proxy.
+    """
+
+    proxy: str | None = None
+    login_file: Path | None = None
+
+    @property
+    def options(self) -> str:
+        """The same as options of `site join`, each with a space before it."""
+        login = f" --proxy-login {self.login_file}" if self.login_file else ""
+        return f" --proxy {self.proxy}{login}" if self.proxy else login
+
+
 @dataclass
 class SiteDoctor:
     """What is found on the way, so that later steps can use it.
@@ -56,6 +80,8 @@ class SiteDoctor:
         For a site that has not joined yet: whom to reach stands in it. It is not used up.
     study : Path, optional
         A study's file: do the cases fit it as well?
+    way : Way
+        With an invitation: the way out that joining would take.
     """
 
     home: SiteHome
@@ -65,6 +91,7 @@ class SiteDoctor:
     config: SiteConfig | None = None
     target: Target | None = None
     findings: list[Finding] = field(default_factory=list)
+    way: Way = Way()
 
     def network_checks(self) -> Iterator[Check]:
         """Yield the steps from the configuration to the TLS handshake."""
@@ -99,6 +126,7 @@ class SiteDoctor:
             ("version", "compared releases", exchange.fits),
             ("clock skew", "compared clocks with the aggregator", exchange.skew),
             ("speed", "sent and fetched a few MB", exchange.speed),
+            ("egress", "looked what the link refused", partial(check_refused, self.home)),
         )
         try:
             for name, tried, look in steps:
@@ -111,11 +139,24 @@ class SiteDoctor:
     def _configuration(self) -> Found:
         home = self.home
         complete_join(home)
+        if self.way != Way() and (self.invitation is None or home.config.is_file()):
+            raise ConsiliumError(
+                "usage.proxy",
+                "The proxy of a site that has joined stands in its configuration.",
+                where=str(home.config),
+                hint='Change "proxy" there, and the login in the identity folder; --proxy goes with'
+                " --invitation, before joining.",
+            )
         if home.config.is_file():
             self.config = read_config(home)
-            bundle = home.path / "identity" / "authority.pem"
+            folder = home.path / "identity"
+            trust = Trust.read(folder / "authority.pem")
             self.target = self._target(
-                self.config.address, self.config.proxy, Trust.read(bundle), str(home.config)
+                self.config.address,
+                trust,
+                str(home.config),
+                proxy=self.config.proxy,
+                credentials=_own_credentials(folder, trust),
             )
             words = fingerprint_words(self.target.trust.authorities[0])
             return Found(
@@ -126,10 +167,20 @@ class SiteDoctor:
         if self.invitation is not None:
             invited = read_invitation(self.invitation)
             trust = Trust.load(invited.authority_pem.encode(), where=str(self.invitation))
-            self.target = self._target(invited.address, "none", trust, str(self.invitation))
+            self.target = self._target(
+                invited.address,
+                trust,
+                str(self.invitation),
+                proxy=self.way.proxy or NO_PROXY,
+                credentials=Credentials(
+                    trust.tls_pem(),
+                    invited.certificate_pem.encode(),
+                    invited.private_key_pem.encode(),
+                ),
+            )
             return Found(
                 f"not joined yet; invited as {invited.name} until {invited.expires:%Y-%m-%d %H:%M}",
-                f"When all is well here: consilium site join {self.invitation}",
+                f"When all is well here: consilium site join {self.invitation}{self.way.options}",
             )
         return Found.skipped(
             "this site has not joined a consortium yet",
@@ -137,10 +188,20 @@ class SiteDoctor:
             "aggregator before that.",
         )
 
-    def _target(self, address: str, setting: str, trust: Trust, where: str) -> Target:
+    def _target(
+        self,
+        address: str,
+        trust: Trust,
+        where: str,
+        *,
+        proxy: str,
+        credentials: Credentials | None,
+    ) -> Target:
         host, port = parse_address(address, where=where)
-        login = read_login(self.home.path / "identity" / LOGIN_FILE)
-        return Target(host, port, trust, choose_proxy(setting, address, login=login))
+        kept = self.home.path / "identity" / LOGIN_FILE
+        login = given_login(self.way.login_file) if self.way.login_file else read_login(kept)
+        chosen = choose_proxy(check_setting(proxy), address, login=login)
+        return Target(host, port, trust, chosen, credentials)
 
     def _rights(self) -> Found:
         folder = self.home.path / "identity"
@@ -233,3 +294,12 @@ class SiteDoctor:
         if part.findings:
             return Found.warning(part.said, _TABLE, **facts)
         return Found(part.said, facts=facts)
+
+
+def _own_credentials(folder: Path, trust: Trust) -> Credentials | None:
+    """Return the site's credentials for a handshake; None where they cannot be read."""
+    try:
+        certificate = (folder / "site.pem").read_bytes()
+        return Credentials(trust.tls_pem(), certificate, (folder / "site-key.pem").read_bytes())
+    except OSError:
+        return None  # a later step says so

@@ -4,9 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+from consilium_common.models.exchange import steps_of
+from consilium_common.study import Study
 from consilium_common.study.schema import Optimiser
+
+
+@dataclass(frozen=True)
+class RoundSteps:
+    """Where the steps of one round stand among all steps of a site in the study; public."""
+
+    #: From 0.
+    round_index: int
+    #: Steps of each round.
+    count: int
+    #: Steps of all rounds.
+    total: int
+
+    @classmethod
+    def of(cls, study: Study, round_index: int, cohort_size: int) -> RoundSteps:
+        """Return the steps of a round at a site that declared so many patients."""
+        count = steps_of(study, cohort_size)
+        return cls(round_index, count, count * study.federation.rounds)
+
+    def learning_rate(self, settings: Optimiser, step: int) -> float:
+        """Return the learning rate of the round's ``step``, from 0."""
+        return learning_rate(settings, self.round_index * self.count + step, self.total)
 
 
 def build_optimiser(settings: Optimiser, parameters: Iterable[Any]) -> Any:

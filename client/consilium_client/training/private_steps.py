@@ -14,7 +14,8 @@ from consilium_client.training.engines.base import trained_parameters
 from consilium_client.training.engines.choice import Choice, build_engine
 from consilium_client.training.learner import Learner, Progress
 from consilium_client.training.mechanism import Mechanism, require_truth
-from consilium_client.training.optimiser import build_optimiser, learning_rate
+from consilium_client.training.optimiser import RoundSteps, build_optimiser
+from consilium_client.training.plain_steps import Bend, unbent
 from consilium_common.privacy.events import PrivacyEvent
 
 
@@ -22,10 +23,19 @@ def run_private(
     learner: Learner,
     mechanism: Mechanism,
     choice: Choice,
-    round_index: int,
-    progress: Progress | None,
+    steps: RoundSteps,
+    *,
+    bend: Bend = unbent,
+    progress: Progress | None = None,
 ) -> tuple[float, PrivacyEvent, float]:
     """Train one round in place.
+
+    Parameters
+    ----------
+    bend : callable
+        The strategy's change of each noisy gradient, made of released models and earlier noisy
+        gradients alone. It comes after clipping and noise, so it is post-processing; before them
+        it would be clipped with the patients' gradients and leave them less room.
 
     Returns
     -------
@@ -44,16 +54,16 @@ def run_private(
     optimiser = build_optimiser(training.optimiser, trained)
     engine = build_engine(choice.name, learner.patient_task, expected=mechanism.denominator)
     run = mechanism.begin()
-    first, total = round_index * training.steps_per_round, learner.study.total_steps
     learner.network.train()
-    for step in range(training.steps_per_round):
+    for step in range(steps.count):
         _set_gradients(trained, run.step(len(learner.source.patients), engine))
+        bend()
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(training.optimiser, first + step, total)
+            group["lr"] = steps.learning_rate(training.optimiser, step)
             group["noise_deviation"] = run.noise_deviation
         optimiser.step()
         if progress is not None:
-            progress(step + 1, training.steps_per_round)
+            progress(step + 1, steps.count)
     realised = require_truth(mechanism.event, run.realised())
     finite = [loss for loss in engine.losses if np.isfinite(loss)]
     mean = float(np.mean(finite)) if finite else float("nan")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -23,29 +22,12 @@ from consilium_common.study import Study
 if TYPE_CHECKING:
     from consilium_client.training.engines.choice import Choice
     from consilium_client.training.learner import Learner
-    from consilium_common.privacy.events import PrivacyEvent
+    from consilium_client.training.round import TrainResult
 
 _log = logging.getLogger(__name__)
 
 #: Images in one forward pass when classifying.
 _IMAGES: Final = 32
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What one round of local training gives."""
-
-    #: What was trained, float32, by name: ready to be checked and sent. Frozen tensors are left
-    #: out: every site has them.
-    tensors: dict[str, NDArray[np.float32]]
-    #: Mean training loss. LOCAL ONLY: it depends on patients and is not protected; nan when a
-    #: private round drew nobody.
-    loss: float = field(repr=False)
-    #: The privacy event of the steps really made, measured; None without privacy.
-    realised: PrivacyEvent | None
-    #: The clip norm that this site's next round begins with (adaptive clipping moves it); None
-    #: without privacy. Local: it need not leave.
-    clip_norm: float | None = None
 
 
 class TrainingSession:
@@ -69,7 +51,8 @@ class TrainingSession:
     ConsiliumError
         ``state.device`` or ``state.precision`` when the machine lacks what was asked;
         ``privacy.network`` when the network cannot be trained privately; ``privacy.engine`` when
-        the engine that the study names cannot compute it; ``study.patches`` and the errors of
+        the engine that the study names cannot compute it; ``study.strategy`` when the strategy
+        does not fit the network; ``study.patches`` and the errors of
         :class:`~consilium_client.training.patches.PatchSource`, at the first round, when study and
         data do not fit.
     """
@@ -86,6 +69,8 @@ class TrainingSession:
         import torch
 
         from consilium_client.training.engines.choice import choose_engine
+        from consilium_client.training.strategies import site_strategy
+        from consilium_common.models.exchange import CONTROL, received_specs
         from consilium_common.models.private import check_private
         from consilium_common.models.registry import build_network
         from consilium_common.privacy.accounting import parameters
@@ -106,6 +91,8 @@ class TrainingSession:
             self._engine = choose_engine(study, network, precision=self.compute.precision)
             _log.info("gradient engine: %s (%s)", self._engine.name, self._engine.why)
         self._network = self.compute.place(network)
+        self._strategy = site_strategy(study, self._network)
+        self._extras = [s for s in received_specs(study) if s.name.startswith(CONTROL)]
         self._learner: Learner | None = None
 
     def train(
@@ -114,32 +101,42 @@ class TrainingSession:
         round_index: int,
         cohort_size: int,
         progress: Callable[[int, int], None] | None = None,
+        *,
         clip_norm: float | None = None,
+        kept: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> TrainResult:
         """Train one round from the global model.
 
         Parameters
         ----------
         weights : mapping of str to float32 arrays
-            The global model: exactly the network's tensors, frozen ones too.
+            What the aggregator sent: exactly
+            :func:`~consilium_common.models.exchange.received_specs`.
         round_index : int
             From 0; decides the learning rate and, without privacy, the order of cases.
         cohort_size : int
             The cohort size that this site declared in public. With privacy it sets the denominator
-            of the noisy gradients; it need not be the true number.
+            of the noisy gradients; with ``training.epochs_per_round`` the number of steps. It need
+            not be the true number.
         progress : callable or None
-            Told (step, steps) after each step.
+            Told (step, steps) after each step, those of a personal model included.
         clip_norm : float or None
             What this site's round before returned, for adaptive clipping; None begins anew.
+        kept : mapping of str to float32 arrays, or None
+            What this site's last round kept; None begins anew.
 
         Raises
         ------
         ConsiliumError
             ``run.bad-update`` for a model that is not this study's; ``run.round`` for a round
-            that the study does not have; ``run.diverged`` for a loss that is not finite (without
-            privacy); ``privacy.truth`` when the mechanism that ran is not the one charged.
+            that the study does not have; ``run.diverged`` for a loss (without privacy) or a weight
+            that is not finite; ``privacy.truth`` when the mechanism that ran is not the one
+            charged.
         """
-        from consilium_common.models.state import read_trained, write_weights
+        from consilium_client.training.mechanism import Mechanism
+        from consilium_client.training.optimiser import RoundSteps
+        from consilium_client.training.round import Round
+        from consilium_common.models.state import write_weights
 
         rounds = self.study.federation.rounds
         if not 0 <= round_index < rounds:
@@ -148,16 +145,12 @@ class TrainingSession:
                 f"Round {round_index + 1} was asked for; the study has {rounds}.",
                 hint="Check that aggregator and site hold the same version of the study.",
             )
-        write_weights(self._network, weights)
-        learner = self._ready()
+        model, control = self._divided(weights, training=True)
+        write_weights(self._network, self._strategy.start(model, kept or {}))
+        steps = RoundSteps.of(self.study, round_index, cohort_size)
+        round_ = Round(self._ready(), self._strategy, steps, model, control, kept or {}, progress)
         if self._privacy is None or self._engine is None:
-            from consilium_client.training.plain_steps import run_plain
-
-            loss = run_plain(learner, round_index, progress)
-            return TrainResult(read_trained(self._network), loss, None)
-        from consilium_client.training.mechanism import Mechanism
-        from consilium_client.training.private_steps import run_private
-
+            return round_.run()
         privacy = self.study.privacy
         assert privacy.mode == "patient"
         mechanism = Mechanism.for_round(
@@ -167,15 +160,29 @@ class TrainingSession:
             clip_norm=clip_norm,
             threads=self._threads,
         )
-        loss, realised, clip = run_private(learner, mechanism, self._engine, round_index, progress)
-        return TrainResult(read_trained(self._network), loss, realised, clip)
+        return round_.run(mechanism, self._engine)
 
-    def require_model(self, weights: bytes) -> None:
-        """Raise ``run.bad-update`` for a model that is not exactly this study's."""
+    def require_model(self, weights: bytes, *, training: bool = False) -> None:
+        """Raise ``run.bad-update`` for a model that is not exactly this study's.
+
+        Parameters
+        ----------
+        training : bool
+            Whether it must hold what the strategy needs for training as well.
+        """
         from consilium_common.models.state import specs_of
         from consilium_common.models.weights import check_tensors, unpack
 
-        check_tensors(unpack(weights), specs_of(self._network), norm_bound=None)
+        model, _ = self._divided(unpack(weights), training=training)
+        check_tensors(model, specs_of(self._network), norm_bound=None)
+
+    def personal(
+        self,
+        weights: Mapping[str, NDArray[np.float32]],
+        kept: Mapping[str, NDArray[np.float32]],
+    ) -> dict[str, NDArray[np.float32]] | None:
+        """Return this site's personal model, all tensors; None where there is none (yet)."""
+        return self._strategy.personal(self._divided(weights, training=False)[0], kept)
 
     def take_at_most(self, share: float) -> None:
         """Keep to a share of the GPU's memory from here on; on a CPU there is nothing to keep to.
@@ -217,7 +224,7 @@ class TrainingSession:
         """
         from consilium_common.models.state import write_weights
 
-        write_weights(self._network, weights)
+        write_weights(self._network, self._divided(weights, training=False)[0])
         cases = [case for patient in self._cohort.patients(split) for case in patient.cases]
         classes = self.study.task.classes
         if self.study.task.kind == "segmentation":
@@ -258,10 +265,25 @@ class TrainingSession:
         from consilium_client.training.inference import segment
         from consilium_common.models.state import write_weights
 
-        write_weights(self._network, weights)
+        write_weights(self._network, self._divided(weights, training=False)[0])
         if self.study.task.kind == "segmentation":
             return segment(self.study, self._network, self.compute, case.image())
         return np.asarray(self._classified([case])[0])
+
+    def _divided(
+        self, weights: Mapping[str, NDArray[np.float32]], *, training: bool
+    ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+        """Return the network's tensors and the strategy's extras of what the aggregator sent.
+
+        For training the extras must be there, exactly; otherwise they may be, and are not used.
+        """
+        from consilium_common.models.exchange import CONTROL
+        from consilium_common.models.weights import check_tensors
+
+        control = {name: tensor for name, tensor in weights.items() if name.startswith(CONTROL)}
+        if training or control:
+            check_tensors(control, self._extras, norm_bound=None)
+        return {name: weights[name] for name in weights if name not in control}, control
 
     def _ready(self) -> Learner:
         """Load the training data at the first round, and keep it for the next ones."""

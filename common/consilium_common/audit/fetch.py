@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -60,10 +61,17 @@ def records_for(
     who = person(connect)
     with who.caller() as caller:
         content = fetch_records(caller, evidence.signer.name)
+    # What people read is where the records are from, and not the file that is gone afterwards.
+    source = f"records of {evidence.signer.name} at {who.settings.address}"
     with TemporaryDirectory(prefix="consilium-") as folder:
-        path = Path(folder) / f"records-of-{evidence.signer.name}.json"
+        path = Path(folder) / "records.json"
         path.write_bytes(content)
-        return read_records(path, trusted=authority or who.folder / "authority.pem")
+        try:
+            records = read_records(path, trusted=authority or who.folder / "authority.pem")
+        except ConsiliumError as error:
+            error.where = error.where.replace(str(path), source)
+            raise
+    return replace(records, path=source)
 
 
 def _fetch(caller: Caller, method: str, **request: str) -> bytes:

@@ -160,10 +160,10 @@ def _unreached(error: ConsiliumError, target: Target) -> ConsiliumError:
         hint = (
             f"This machine's environment names the proxy {unused}, which this program does not use"
             f' by itself: if the way out leads through it, set "proxy": "{FROM_ENVIRONMENT}" in'
-            f" site.json. {hint}"
+            f" site.json (before joining: --proxy {FROM_ENVIRONMENT}). {hint}"
         )
     if target.proxy is not None:
-        hint = f"It is the proxy of site.json: check its address. {hint}"
+        hint = f"It is the proxy of site.json or --proxy: check its address. {hint}"
     return ConsiliumError(error.code, error.message, where=error.where, hint=hint)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.trust import Trust
 from consilium_common.wire.proxy import Proxy
+
+if TYPE_CHECKING:
+    from consilium_common.wire.channel import Credentials
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,16 @@ class Target:
         Whose word proves that it is the aggregator.
     proxy : Proxy, optional
         Through which all connections go.
+    credentials : Credentials, optional
+        Who we are, where that is known: shown in the handshake, so that a look at the port does
+        not stand in the aggregator's log as a stranger's attempt.
     """
 
     host: str
     port: int
     trust: Trust
     proxy: Proxy | None = None
+    credentials: Credentials | None = field(default=None, repr=False)
 
     @property
     def address(self) -> str:

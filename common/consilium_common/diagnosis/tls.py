@@ -13,9 +13,8 @@ from consilium_common.diagnosis.steps import Found
 from consilium_common.diagnosis.target import Target
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.certificates import SERVER_NAME
-from consilium_common.identity.trust import Trust
 from consilium_common.identity.words import fingerprint_words
-from consilium_common.wire.unavailable import wrong_party
+from consilium_common.wire.unavailable import tls_context, wrong_party
 
 #: Connection there, handshake gone: nobody refuses TLS this way by himself.
 _CUT = (ssl.SSLEOFError, ConnectionError, TimeoutError)
@@ -77,7 +76,10 @@ def try_tls(target: Target) -> Found:
 
 
 def handshake(target: Target) -> Secured:
-    """Shake hands without a certificate of our own, as firewalls and scanners see it.
+    """Shake hands, with a certificate of our own where there is one.
+
+    What is wrong with that one shows in a later step: TLS 1.3 lets a client see the whole
+    handshake before the aggregator judges it.
 
     Raises
     ------
@@ -87,7 +89,7 @@ def handshake(target: Target) -> Secured:
         ``ssl.SSLError`` and others when the handshake does not come about.
     """
     raw = open_way(target)
-    context = _context(target.trust)
+    context = _context(target)
     with raw, context.wrap_socket(raw, server_hostname=SERVER_NAME) as secured:
         cipher = secured.cipher()
         return Secured(
@@ -103,8 +105,9 @@ def certificate_fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
 
 
-def _context(trust: Trust) -> ssl.SSLContext:
-    context = ssl.create_default_context(cadata=trust.tls_pem().decode())
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.set_alpn_protocols(["h2"])
-    return context
+def _context(target: Target) -> ssl.SSLContext:
+    authority = target.trust.tls_pem()
+    try:
+        return tls_context(authority, target.credentials)
+    except ssl.SSLError:  # a key that is not the certificate's: the next step says so
+        return tls_context(authority, None)

@@ -176,7 +176,12 @@ class Trust:
         offered = Trust.load(bundle)
         crossing = load_bundle(cross) if cross else ()
         if offered.consortium != self.consortium:
-            raise ConsiliumError("identity.foreign", "The authorities are of another consortium.")
+            raise ConsiliumError(
+                "identity.foreign",
+                "The authorities that the aggregator names are of another consortium.",
+                hint="Ask the aggregator operator, on a number you know, what was changed there;"
+                " another consortium takes another invitation.",
+            )
         known = list(self.authorities)
         keys = {key_of(authority) for authority in known}
         before = -1

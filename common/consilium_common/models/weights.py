@@ -16,8 +16,17 @@ from consilium_common.errors import ConsiliumError
 #: The one dtype on the wire. Low precision is a matter of arithmetic at the site.
 DTYPE: Final = "float32"
 
+#: What else a compressed update is made of: bytes of an element, and safetensors' name of it.
+_DTYPES: Final[dict[str, tuple[int, str]]] = {
+    DTYPE: (4, "F32"),
+    "uint32": (4, "U32"),
+    "bfloat16": (2, "BF16"),
+    "int8": (1, "I8"),
+    "uint8": (1, "U8"),
+}
+
 #: Largest safetensors header in bytes; a network of a thousand tensors has about 120 kB.
-_MAX_HEADER: Final = 4 * 1024 * 1024
+MAX_HEADER: Final = 4 * 1024 * 1024
 #: Elements looked at in one go.
 _PIECE: Final = 4 * 1024 * 1024
 
@@ -40,7 +49,12 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Number of bytes of the elements."""
-        return self.size * np.dtype(self.dtype).itemsize
+        return self.size * self.width
+
+    @property
+    def width(self) -> int:
+        """Number of bytes of one element."""
+        return _DTYPES[self.dtype][0]
 
 
 def pack(tensors: Mapping[str, Array]) -> bytes:
@@ -68,20 +82,48 @@ def pack(tensors: Mapping[str, Array]) -> bytes:
 def packed_header(specs: Iterable[TensorSpec]) -> bytes:
     """Return the bytes before the elements in :func:`pack` for tensors of these specs.
 
-    They follow from the specs alone: sorted by name, no metadata, no gap.
+    They follow from the specs alone: the widest dtype first, which aligns every element, then
+    sorted by name, no metadata, no gap.
     """
     header: dict[str, Any] = {}
     end = 0
-    for spec in sorted(specs):
+    for spec in in_file_order(specs):
         start, end = end, end + spec.nbytes
         header[spec.name] = {
-            "dtype": "F32",
+            "dtype": _DTYPES[spec.dtype][1],
             "shape": list(spec.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Return the specs in the order in which :func:`pack` lays their elements out."""
+    return sorted(specs, key=lambda spec: (-spec.width, spec))
+
+
+def header_specs(header: bytes) -> tuple[TensorSpec, ...]:
+    """Return the specs that the header of a file names, sorted by name.
+
+    They are what the header says and no more: compare it with :func:`packed_header` of them.
+
+    Raises
+    ------
+    ConsiliumError
+        ``run.bad-update``: no header of tensors.
+    """
+    dtypes = {code: dtype for dtype, (_, code) in _DTYPES.items()}
+    try:
+        entries = json.loads(header[8:])
+        specs = [
+            TensorSpec(name, tuple(int(n) for n in entry["shape"]), dtypes[entry["dtype"]])
+            for name, entry in entries.items()
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _bad("The file of tensors cannot be read: it has no header of tensors.") from error
+    return tuple(sorted(specs))
 
 
 def packed_size(specs: Iterable[TensorSpec]) -> int:
@@ -100,7 +142,7 @@ def check_packed(blob: bytes, specs: Sequence[TensorSpec]) -> None:
         another length, or a value that is not finite (a NaN has room for 22 bits of anything).
     """
     header = packed_header(specs)
-    if not blob.startswith(header) or len(blob) != packed_size(specs):
+    if blob[: len(header)] != header or len(blob) != packed_size(specs):
         raise _bad("The update is not, byte for byte, of the form that the study declares.")
     elements = np.frombuffer(blob, dtype="<f4", offset=len(header))
     # In pieces: a mask of all elements would be a quarter of the model once more.
@@ -123,7 +165,7 @@ def unpack(blob: bytes) -> dict[str, Array]:
 
     try:
         length = int.from_bytes(blob[:8], "little")
-        if length > min(_MAX_HEADER, len(blob)):
+        if length > min(MAX_HEADER, len(blob)):
             raise ValueError("the header is longer than any header is")
         header = json.loads(blob[8 : 8 + length])
         if not isinstance(header, dict) or not all(isinstance(v, dict) for v in header.values()):

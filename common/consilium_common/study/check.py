@@ -91,6 +91,7 @@ _PLACES: Final[dict[str, KeyPath]] = {
     "privacy.delta-invalid": ("privacy", "delta"),
     "privacy.clipping": ("privacy", "clipping", "count_noise"),
     "study.trainable": ("model", "trainable"),
+    "study.strategy": ("federation", "strategy"),
     "privacy.engine": ("privacy", "engine"),
 }
 

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
+from consilium_common.models.kept import kept
 from consilium_common.study.rules import check_mechanism, check_network
 from consilium_common.study.schema import Study
 
 if TYPE_CHECKING:
     from consilium_common.privacy.events import PrivacyParameters
+
+
+#: What a network cannot depend on.
+_NO_MATTER: Final[dict[str, Any]] = {
+    "name": True,
+    "title": True,
+    "approval": True,
+    "federation": {"rounds", "quorum", "deadline_seconds", "grace_seconds", "sites_per_round"},
+    "training": {"seed", "steps_per_round", "epochs_per_round"},
+}
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """The parts of a :class:`Cost` that follow from the network alone."""
+
+    parameters: int
+    trained: int
+    normalised: tuple[str, ...]
+    tensors: int
+    bytes_per_round: int
 
 
 @dataclass(frozen=True)
@@ -27,7 +50,8 @@ class Cost:
     tensors : int
         Tensors that every update has.
     bytes_per_round : int
-        Bytes of one packed update, which leaves every site every round; exact.
+        Bytes of one update, which leaves every site every round; exact, and with a lossless level
+        of compression the most that it can be.
     privacy : PrivacyParameters or None
         The mechanism with its noise calibrated; None without privacy.
     epsilon : float or None
@@ -84,24 +108,39 @@ def cost(study: Study) -> Cost:
             statistics_epsilon = epsilon_of([privacy.statistics_event], privacy.delta)
         patient_epsilon = epsilon_of(privacy.events_of(privacy.rounds), privacy.delta)
 
-    from consilium_common.models.registry import normalised_layers, outline
-    from consilium_common.models.weights import packed_size
-
-    network = outline(study)
-    check_network(study, network)
-    from consilium_common.models.state import trained_specs_of
-
-    specs = trained_specs_of(network)
+    network = kept(_decides(study), NetworkCost, partial(_of_network, study))
     return Cost(
-        parameters=sum(p.numel() for p in network.parameters()),
-        trained=sum(p.numel() for p in network.parameters() if p.requires_grad),
-        normalised=normalised_layers(study),
-        tensors=len(specs),
-        bytes_per_round=packed_size(specs),
+        parameters=network.parameters,
+        trained=network.trained,
+        normalised=network.normalised,
+        tensors=network.tensors,
+        bytes_per_round=network.bytes_per_round,
         privacy=privacy,
         epsilon=epsilon,
         epsilon_per_round=epsilon_per_round,
         evaluation_epsilon=evaluation_epsilon,
         statistics_epsilon=statistics_epsilon,
         patient_epsilon=patient_epsilon,
+    )
+
+
+def _decides(study: Study) -> dict[str, Any]:
+    """Return all of a study but what its network cannot depend on."""
+    return study.model_dump(mode="json", exclude=_NO_MATTER)
+
+
+def _of_network(study: Study) -> NetworkCost:
+    from consilium_common.models.compression import most_bytes
+    from consilium_common.models.exchange import sent_specs
+    from consilium_common.models.registry import normalised_layers, outline
+
+    network = outline(study)
+    check_network(study, network)
+    specs = sent_specs(study)
+    return NetworkCost(
+        parameters=sum(p.numel() for p in network.parameters()),
+        trained=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        normalised=normalised_layers(study),
+        tensors=len(specs),
+        bytes_per_round=most_bytes(study, specs),
     )

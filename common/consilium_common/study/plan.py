@@ -10,8 +10,10 @@ from consilium_common.study.approval import in_words as signatures_in_words
 from consilium_common.study.cost import Cost, cost
 from consilium_common.study.covariates import in_words
 from consilium_common.study.document import printable
+from consilium_common.study.federation import Compression
 from consilium_common.study.schema import Study
 from consilium_common.study.statistics import tables
+from consilium_common.study.strategy_words import rounds_sentence, strategy_sentences
 from consilium_common.study.words import (
     count_of,
     duration_of,
@@ -173,10 +175,8 @@ def _training(study: Study) -> Iterable[str]:
         }[study.privacy.engine]
     else:
         yield f"{count_of(training.batch_size, 'image or patch', 'images or patches')} a step."
-    yield (
-        f"{count_of(federation.rounds, 'round')} of {count_of(training.steps_per_round, 'step')} "
-        f"at each site: {count_of(study.total_steps, 'step')} in all."
-    )
+    yield rounds_sentence(study)
+    yield from strategy_sentences(study)
     if federation.averaging:
         yield (
             f"The running average of the global models (decay {number_of(federation.averaging)}) "
@@ -188,7 +188,7 @@ def _training(study: Study) -> Iterable[str]:
     }[federation.weighting]
     yield (
         f"A round needs {count_of(federation.quorum, 'site')} and waits at most "
-        f"{duration_of(federation.deadline_seconds)}; {weights}."
+        f"{duration_of(federation.longest_seconds)}; {weights}."
     )
     yield (
         "Precision: "
@@ -204,11 +204,15 @@ def _leaves(study: Study, price: Cost) -> Iterable[str]:
     from consilium_common.models.registry import network_arguments
 
     rounds, arguments = study.federation.rounds, network_arguments(study)
+    compression = study.federation.compression
+    most = "at most " if compression.level else ""
     yield (
-        f"Each round one update: {count_of(price.tensors, 'tensor')} of float32, "
+        f"Each round one update: {count_of(price.tensors, 'tensor')} {_form(compression)}, {most}"
         f"{size_in_words(price.bytes_per_round)}; {size_in_words(price.bytes_per_round * rounds)} "
         f"over {count_of(rounds, 'round')}."
     )
+    if compression.encoding != "none" and compression.error_feedback:
+        yield "What its encoding loses stays at the site and is added to the site's next update."
     if price.privacy is not None:
         yield "The update is made of clipped, noised gradients only."
     else:
@@ -226,6 +230,20 @@ def _leaves(study: Study, price: Cost) -> Iterable[str]:
         yield "Nothing else: no image, no label, no identity, no loss, no exact metric, no count."
     else:
         yield "Nothing else: no image, no label, no identity, no loss, no metric, no count."
+
+
+def _form(compression: Compression) -> str:
+    """Say in what form an update's tensors travel."""
+    words = {
+        "none": "of float32",
+        "bfloat16": "rounded to bfloat16",
+        "int8": "rounded at random to 8 bits",
+        "top-k": f"of which the largest {compression.share:.3g} of the entries travel",
+    }[compression.encoding]
+    if compression.encoding != "none":
+        relative = ", as changes of the global model" if compression.delta else ""
+        words += f" (those of one dimension exact){relative}"
+    return words + (f", packed at level {compression.level}" if compression.level else "")
 
 
 def _statistics(study: Study, price: Cost) -> Iterable[str]:

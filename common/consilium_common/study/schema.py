@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from consilium_common.canonical import digest
 from consilium_common.study.approval import Approval
+from consilium_common.study.federation import LATER, Federation
+from consilium_common.study.strategies import FedAvg
 from consilium_common.study.strict import Literals, Model, Name
 
 
@@ -167,6 +169,9 @@ class Training(Model):
     loss: Literal["dice_ce", "cross_entropy", "focal", "bce"] = "dice_ce"
     optimiser: Optimiser = Optimiser()
     steps_per_round: Annotated[int, Field(ge=1, le=10_000)] = 20
+    #: Passes over the declared cohort in a round, in place of ``steps_per_round``; sites of
+    #: different size then take different numbers of steps. Not with privacy.
+    epochs_per_round: Annotated[int, Field(ge=1, le=1000)] | None = None
     #: Images (or patches) a step; with privacy the sampling rate decides instead.
     batch_size: Annotated[int, Field(ge=1, le=256)] = 4
     #: Patch size in voxels; None trains on whole (resized) images.
@@ -251,22 +256,6 @@ class PatientPrivacy(Model):
         ):
             raise ValueError("clipping.count_noise must be above half the noise_multiplier")
         return self
-
-
-class Federation(Model):
-    """Rounds over the sites."""
-
-    rounds: Annotated[int, Field(ge=1, le=10_000)] = 20
-    #: Fewest sites whose update makes a round.
-    quorum: Annotated[int, Field(ge=1, le=10_000)] = 2
-    #: Seconds after which a round goes on without the late ones.
-    deadline_seconds: Annotated[float, Field(gt=0, le=7 * 24 * 3600)] = 1800
-    strategy: Literal["fedavg"] = "fedavg"
-    #: Public weights only: all sites alike, or by the cohort size each site declared.
-    weighting: Literal["uniform", "cohort"] = "cohort"
-    #: Decay of the running average of the global models over rounds; the average is evaluated and
-    #: kept. 0: the last model.
-    averaging: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Evaluation(Model):
@@ -361,8 +350,26 @@ class Study(Model):
             raise ValueError("evaluation.sufficient needs evaluation.release private")
         if self.training.optimiser.name == "adamw-bc" and self.privacy.mode == "none":
             raise ValueError("training.optimiser adamw-bc corrects privacy noise; take adamw")
+        self._check_strategy()
         self._check_statistics()
         return self
+
+    def _check_strategy(self) -> None:
+        steps = self.training.steps_per_round
+        if steps < 2 and self.federation.strategy.name == "fedrep":
+            raise ValueError(
+                "training.steps_per_round must be at least 2 with fedrep: head and rest take turns"
+            )
+        if self.privacy.mode == "none":
+            return
+        strategy = self.federation.strategy
+        if strategy.not_private:
+            raise ValueError(
+                f"federation.strategy {strategy.name} is not possible in a private study: "
+                f"{strategy.not_private}"
+            )
+        if self.training.epochs_per_round is not None:
+            raise ValueError("training.epochs_per_round is for a study without privacy")
 
     def _check_statistics(self) -> None:
         if self.statistics is None:
@@ -386,11 +393,19 @@ class Study(Model):
     def to_canonical(self) -> dict[str, Any]:
         """Return the plain values that are hashed and signed, every default written out.
 
-        But for ``approval``, which came later: a study without it keeps its digest.
+        But for what came later, which is left out where it is the default: a study that says
+        nothing of it keeps its digest.
         """
         plain = self.model_dump(mode="json", by_alias=True)
-        if plain["approval"] is None:
-            del plain["approval"]
+        federation = plain["federation"]
+        if self.federation.strategy == FedAvg():
+            federation["strategy"] = "fedavg"
+        for part, name in ((plain, "approval"), (plain["training"], "epochs_per_round")):
+            if part[name] is None:
+                del part[name]
+        for name in LATER:
+            if getattr(self.federation, name) == Federation.model_fields[name].default:
+                del federation[name]
         return plain
 
     @property

@@ -1,26 +1,64 @@
 """What a Flower message of ours carries, in both directions.
 
-A round's message holds one record of instructions and one record with the model. The model travels
-as a single safetensors blob: Flower sends every tensor as an object of its own, and a hundred small
-objects a message would cost a round more than its training.
+Instructions, figures, and the names of files. Models and updates are such files: they go beside
+Flower's messages, straight from disk to disk, over the same port.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from consilium_common.errors import ConsiliumError
+from consilium_common.models.registry import MAX_PARAMETERS
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-MODEL: Final = "model"
-WEIGHTS: Final = "weights"
 INSTRUCTIONS: Final = "instructions"
+UPDATE: Final = "update"
 FIGURES: Final = "figures"
-#: Flower's name for how an array's bytes are to be read; Flower itself never looks inside.
-BLOB_TYPE: Final = "safetensors.blob"
+#: The largest network that a study may name, twice: a strategy may send as much beside it.
+MAX_FILE_BYTES: Final = 2 * 4 * MAX_PARAMETERS + 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A file named by its content.
+
+    Attributes
+    ----------
+    sha256 : str
+        64 hexadecimal digits.
+    bytes : int
+        Its length.
+
+    Raises
+    ------
+    ConsiliumError
+        ``run.bad-message`` for what names no file.
+    """
+
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if (
+            type(self.bytes) is not int
+            or not 0 < self.bytes <= MAX_FILE_BYTES
+            or not isinstance(self.sha256, str)
+            or not re.fullmatch(r"[0-9a-f]{64}", self.sha256)
+        ):
+            raise ConsiliumError("run.bad-message", "The message names no valid file.")
+
+    @classmethod
+    def of(cls, path: Path) -> Reference:
+        """Return the reference of a file on disk."""
+        with path.open("rb") as stream:
+            return cls(hashlib.file_digest(stream, "sha256").hexdigest(), path.stat().st_size)
 
 
 @dataclass(frozen=True)
@@ -37,45 +75,46 @@ class Instructions:
         The cohort size this site declared when it approved, repeated to it.
     last : bool
         Whether the study ends with this message.
+    model : Reference or None
+        The global model's file; None for statistics, which need none.
     """
 
     study: str
     round_index: int
     cohort_size: int
     last: bool = False
+    model: Reference | None = None
 
 
-def to_site(instructions: Instructions, weights: bytes | None) -> RecordDict:
-    """Return the content of a message to a site; statistics need no weights."""
+def to_site(instructions: Instructions) -> RecordDict:
+    """Return the content of a message to a site."""
     from flwr.app import ConfigRecord, RecordDict
 
-    content = _with_weights(weights) if weights is not None else RecordDict()
-    content[INSTRUCTIONS] = ConfigRecord(
+    model = instructions.model
+    record = ConfigRecord(
         {
             "study": instructions.study,
             "round": instructions.round_index,
             "cohort_size": instructions.cohort_size,
             "last": instructions.last,
+            "model": "" if model is None else model.sha256,
+            "model_bytes": 0 if model is None else model.bytes,
         }
     )
-    assert isinstance(content, RecordDict)
-    return content
-
-
-def from_server(content: RecordDict) -> tuple[Instructions, bytes]:
-    """Read a message from the aggregator, or raise ``run.bad-message``."""
-    return instructions_of(content), weights_of(content)
+    return RecordDict({INSTRUCTIONS: record})
 
 
 def instructions_of(content: RecordDict) -> Instructions:
     """Return what a message asks for, or raise ``run.bad-message``."""
     try:
         record = content.config_records[INSTRUCTIONS]
+        sha256, size = _typed(record["model"], str), _typed(record["model_bytes"], int)
         return Instructions(
             study=_typed(record["study"], str),
             round_index=_typed(record["round"], int),
             cohort_size=_typed(record["cohort_size"], int),
             last=_typed(record["last"], bool),
+            model=Reference(sha256, size) if sha256 or size else None,
         )
     except (KeyError, TypeError) as error:
         raise ConsiliumError(
@@ -83,30 +122,30 @@ def instructions_of(content: RecordDict) -> Instructions:
         ) from error
 
 
-def to_server(weights: bytes | None, figures: dict[str, float] | None) -> RecordDict:
+def to_server(update: Reference | None, figures: dict[str, float] | None) -> RecordDict:
     """Return the content of a site's reply.
 
     ``figures`` are exact numbers in a study without privacy, where the site's policy permits it,
     and noised ones in a private study.
     """
-    from flwr.app import MetricRecord, RecordDict
+    from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-    content = _with_weights(weights) if weights is not None else RecordDict()
+    content = RecordDict()
+    if update is not None:
+        content[UPDATE] = ConfigRecord({"sha256": update.sha256, "bytes": update.bytes})
     if figures:
         # In one order: a reply's objects are named by their bytes.
         content[FIGURES] = MetricRecord(dict(sorted(figures.items())))
     return content
 
 
-def weights_of(content: RecordDict) -> bytes:
-    """Return the safetensors blob of a message, or raise ``run.bad-message``."""
+def update_of(content: RecordDict) -> Reference:
+    """Return the reference of a reply's update, or raise ``run.bad-message``."""
     try:
-        array = content.array_records[MODEL][WEIGHTS]
-    except KeyError as error:
-        raise ConsiliumError("run.bad-message", "The message carries no model.") from error
-    if array.stype != BLOB_TYPE:
-        raise ConsiliumError("run.bad-message", "The message's model is not in safetensors form.")
-    return bytes(array.data)
+        record = content.config_records[UPDATE]
+        return Reference(_typed(record["sha256"], str), _typed(record["bytes"], int))
+    except (KeyError, TypeError) as error:
+        raise ConsiliumError("run.bad-message", "The reply names no update.") from error
 
 
 def figures_of(content: RecordDict) -> dict[str, float]:
@@ -118,13 +157,6 @@ def figures_of(content: RecordDict) -> dict[str, float]:
         for key, value in content.metric_records[FIGURES].items()
         if isinstance(value, int | float)
     }
-
-
-def _with_weights(weights: bytes) -> RecordDict:
-    from flwr.app import Array, ArrayRecord, RecordDict
-
-    array = Array(dtype="uint8", shape=(len(weights),), stype=BLOB_TYPE, data=weights)
-    return RecordDict({MODEL: ArrayRecord({WEIGHTS: array})})
 
 
 def _typed(value: Any, kind: type) -> Any:

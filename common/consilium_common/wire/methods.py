@@ -41,12 +41,17 @@ SITE_STUDIES: Final = "/consilium.v1.Site/Studies"
 SITE_DECIDE: Final = "/consilium.v1.Site/Decide"
 SITE_PROGRESS: Final = "/consilium.v1.Site/Progress"
 SITE_WITNESS: Final = "/consilium.v1.Site/Witness"
+SITE_FETCH: Final = "/consilium.v1.Site/Fetch"
+SITE_DELIVER: Final = "/consilium.v1.Site/Deliver"
 OPERATOR_PROPOSE: Final = "/consilium.v1.Operator/Propose"
 OPERATOR_SIGN: Final = "/consilium.v1.Operator/Sign"
 OPERATOR_STUDIES: Final = "/consilium.v1.Operator/Studies"
 OPERATOR_SHOW: Final = "/consilium.v1.Operator/Show"
 OPERATOR_RUN: Final = "/consilium.v1.Operator/Run"
+OPERATOR_PAUSE: Final = "/consilium.v1.Operator/Pause"
+OPERATOR_RESUME: Final = "/consilium.v1.Operator/Resume"
 OPERATOR_STOP: Final = "/consilium.v1.Operator/Stop"
+OPERATOR_LOG: Final = "/consilium.v1.Operator/Log"
 OPERATOR_SITES: Final = "/consilium.v1.Operator/Sites"
 OPERATOR_INVITE: Final = "/consilium.v1.Operator/Invite"
 OPERATOR_REVOKE: Final = "/consilium.v1.Operator/Revoke"
@@ -76,13 +81,19 @@ SERVICE_ROLES: Final[dict[str, frozenset[Role]]] = {
     OPERATOR_STUDIES: _READER,
     OPERATOR_SHOW: _READER,
     OPERATOR_RUN: _OPERATOR,
+    OPERATOR_PAUSE: _OPERATOR,
+    OPERATOR_RESUME: _OPERATOR,
     OPERATOR_STOP: _OPERATOR,
+    OPERATOR_LOG: _READER,
     OPERATOR_SITES: _READER,
     OPERATOR_INVITE: _OPERATOR,
     OPERATOR_REVOKE: _OPERATOR,
     AUDIT_RECORDS: _READER,
     AUDIT_LOG: _READER,
 }
+
+#: The two that are streams: a model to a site, an update from it.
+STREAM_ROLES: Final[dict[str, frozenset[Role]]] = {SITE_FETCH: _SITE, SITE_DELIVER: _SITE}
 
 #: Methods that change something for others, or hand out evidence: each call, done or refused,
 #: stands in the aggregator's audit log.
@@ -94,6 +105,8 @@ PRIVILEGED: Final = frozenset(
         OPERATOR_PROPOSE,
         OPERATOR_SIGN,
         OPERATOR_RUN,
+        OPERATOR_PAUSE,
+        OPERATOR_RESUME,
         OPERATOR_STOP,
         OPERATOR_INVITE,
         OPERATOR_REVOKE,
@@ -117,8 +130,10 @@ HTTP_STATUS_KEY: Final = "consilium-http-status"
 #: Trailing metadata of our own calls: the error as JSON.
 ERROR_KEY: Final = "consilium-error-bin"
 
-#: Largest message either way: Flower's chunks are 5 MB; the rest is small.
+#: Largest message either way: a piece of public starting weights, a page of records.
 MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024
+#: Bytes of one message of a stream.
+CHUNK_BYTES: Final = 1024 * 1024
 
 
 def fleet_method(call: str) -> str:

@@ -264,6 +264,15 @@ def _from_url(url: str) -> Proxy:
         host, port = parts.hostname, parts.port
     except ValueError:
         parts, host, port = urlsplit(""), None, None
+    if parts.scheme == "https":
+        # gRPC speaks CONNECT in the clear alone, and a relay of ours would be one more open port.
+        raise ConsiliumError(
+            "usage.proxy",
+            "TLS to the proxy itself (https://…) is not spoken.",
+            hint="Give the proxy's plain address, http://host:port: what goes through it is mutual"
+            " TLS with the aggregator in any case. Only the aggregator's address, and a login"
+            " where the proxy asks for one, are seen on the way to it.",
+        )
     if parts.scheme != "http" or not host or port is None or parts.path.strip("/") or parts.query:
         # Not quoted: it may hold a password.
         raise ConsiliumError(

@@ -54,7 +54,7 @@ def why_unavailable(
         wrong = own_trouble(credentials)
         if wrong is not None:
             return wrong
-        context = _context(credentials)
+        context = tls_context(credentials.authority, credentials)
         try:
             with context.wrap_socket(stream, server_hostname=SERVER_NAME) as secured:
                 welcomed = _welcomed(secured)
@@ -160,10 +160,19 @@ def own_trouble(credentials: Credentials) -> ConsiliumError | None:
     return None
 
 
-def _context(credentials: Credentials) -> ssl.SSLContext:
-    context = ssl.create_default_context(cadata=credentials.authority.decode())
+def tls_context(authority: bytes, credentials: Credentials | None) -> ssl.SSLContext:
+    """Return Python's form of our TLS: as gRPC does it, with a certificate of our own or without.
+
+    Raises
+    ------
+    ssl.SSLError
+        When certificate and key do not belong together.
+    """
+    context = ssl.create_default_context(cadata=authority.decode())
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
+    if credentials is None:
+        return context
     # Python reads these from files only: here from one that has no name and ends with this block.
     if hasattr(os, "memfd_create"):
         with os.fdopen(os.memfd_create("identity"), "wb") as unnamed:

@@ -7,7 +7,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from consilium_common.processes import check_port_free
 from consilium_common.report.wording import listed, moment, plural
 from consilium_common.wire.channel import Caller, Credentials
 from consilium_common.wire.unavailable import own_trouble
+from consilium_server.doctor.processes import processes
 from consilium_server.home import ServerConfig, ServerHome
 from consilium_server.issuing import AGGREGATOR, OPERATOR_NAME
 from consilium_server.limits import Limits
@@ -85,13 +86,15 @@ class ServerDoctor:
         room = partial(check_disk, self.home.path, needed=_ROOM)
         yield Check("disk", "looked for room for checkpoints", room)
         yield Check("memory", "looked for free memory", check_memory)
+        yield Check("processes", "read what was started again", partial(processes, self.home))
         yield from self.network_checks()
 
     def network_checks(self) -> Iterator[Check]:
         """Yield the steps of the port: on this machine, then as sites see it."""
         yield Check("port", "looked who listens on it", self._port)
         if (local := self.local) is not None:
-            yield Check("TLS", "shook hands with it on this machine", partial(try_tls, local))
+            shake = partial(self._shake_hands, local)
+            yield Check("TLS", "shook hands with it on this machine", shake)
             yield from self._operator_checks(local)
         yield Check("DNS", "looked up the name in the invitations", self._name)
         if self.local is not None:
@@ -191,7 +194,10 @@ class ServerDoctor:
             where, todo = "the key is here, under a passphrase", ""
         else:
             where = "the key is here, under no passphrase"
-            todo = "Whoever copies this folder is the consortium: keep its backups locked."
+            todo = (
+                "Whoever copies this folder is the consortium: `consilium server lock-authority` "
+                "puts the key under a passphrase. Keep backups locked."
+            )
         words = fingerprint_words(authority)
         said = f"{where}; until {moment(ends)}; words: {words}"
         facts = {
@@ -216,6 +222,9 @@ class ServerDoctor:
 
     def _registry(self) -> Found:
         file = self.home.database
+        if self.config is not None and self.config.database:
+            Registry(file)  # opens it, and puts guards back where they were removed
+            return Found("PostgreSQL answers; its evidence can only grow")
         try:
             with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=20)) as base:
                 said = [str(row[0]) for row in base.execute("PRAGMA quick_check(3)")]
@@ -312,7 +321,15 @@ class ServerDoctor:
                 "Try it from another network: `consilium site doctor --invitation FILE`. If it "
                 "fails there, `consilium server doctor --ticket` says what to forward.",
             )
-        return try_tls(self.public)
+        return self._shake_hands(self.public)
+
+    def _shake_hands(self, target: Target) -> Found:
+        """Shake hands as the operator, whose certificate and key later steps judge."""
+        try:
+            own = self._operators_credentials()
+        except ConsiliumError:
+            return try_tls(target)
+        return try_tls(replace(target, credentials=own))
 
     def _operators_credentials(self) -> Credentials:
         try:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from asyncio import to_thread
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import requested_key
 from consilium_common.identity.certificates import Role
 from consilium_common.identity.keys import public_fingerprint
+from consilium_common.study.load import study_from_canonical
 from consilium_common.wire import methods
 from consilium_server.acts import Acts
 from consilium_server.gateway import Service
 from consilium_server.peers import Peer
+from consilium_server.registry import Registry
+from consilium_server.services.fields import text
 
 #: Methods about members, whose digest is that of the key.
 _OWN_KEY = frozenset({methods.ENROL, methods.MEMBER_RENEW})
@@ -29,8 +34,7 @@ def noted(acts: Acts, method: str, service: Service) -> Service:
             answer = await service(peer, request)
         except Exception as error:
             code = error.code if isinstance(error, ConsiliumError) else "internal.unexpected"
-            act, subject, digest = _described(method, peer, request, {})
-            await to_thread(acts.note_refused, who, role, act, subject, code, digest=digest)
+            await to_thread(_note_refused, acts, method, peer, request, code)
             raise
         if not _one_of_many(request):
             act, subject, digest = _described(method, peer, request, answer)
@@ -39,6 +43,41 @@ def noted(acts: Acts, method: str, service: Service) -> Service:
         return answer
 
     return handle
+
+
+def _note_refused(acts: Acts, method: str, peer: Peer, request: dict[str, Any], code: str) -> None:
+    act, subject, digest = _described(method, peer, request, {})
+    if not subject:
+        # There is no answer to name the study: whoever reads the log wants to know which it was.
+        subject, digest = (
+            _proposed(request)
+            if method == methods.OPERATOR_PROPOSE
+            else _claimed(acts.registry, request)
+        )
+    acts.note_refused(peer.name, peer.certified.role, act, subject, code, digest=digest)
+
+
+def _proposed(request: dict[str, Any]) -> tuple[str, str]:
+    """Return name and digest of the study that somebody tried to propose."""
+    if "start" in request:
+        piece = request["start"]
+        sha256 = piece.get("sha256") if isinstance(piece, dict) else None
+        return "starting weights", sha256 if isinstance(sha256, str) else ""
+    try:
+        study = study_from_canonical(request.get("canonical"))
+    except ConsiliumError:
+        return "a study that cannot be read", ""
+    return study.name, study.digest
+
+
+def _claimed(registry: Registry, request: dict[str, Any]) -> tuple[str, str]:
+    """Return name and digest of the study that a request is about, as the registry knows it."""
+    which = request.get("digest")
+    try:
+        row = registry.study(text(request, "digest"))
+    except (ConsiliumError, SQLAlchemyError):
+        return "an unknown study", which if isinstance(which, str) else ""
+    return row.name, row.digest
 
 
 def _one_of_many(request: dict[str, Any]) -> bool:

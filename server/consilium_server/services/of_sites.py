@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from consilium_common import __version__
@@ -11,11 +11,13 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.identity.certificates import load_certificate
 from consilium_common.wire import methods
 from consilium_common.wire.statements import approval_statement, check_signed
+from consilium_server.benching import Benches
 from consilium_server.cosigning import signature_rows
 from consilium_server.flower_private import Control, node_key_bytes
 from consilium_server.gateway import Service
 from consilium_server.issuing import Issuer
 from consilium_server.peers import Peer
+from consilium_server.presence import Presence
 from consilium_server.registry import Registry
 from consilium_server.services.fields import count, number, text
 from consilium_server.tables import Approval, Member, Progress, StudyRow, now
@@ -30,6 +32,12 @@ class SiteServices:
     issuer: Issuer
     witness: Witness
     control: Control
+    _presence: Presence = field(init=False)
+    _benches: Benches = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._presence = Presence(self.registry)
+        self._benches = Benches(self.registry)
 
     def table(self) -> dict[str, Service]:
         """Return the handler of each method."""
@@ -48,16 +56,14 @@ class SiteServices:
         session_id = text(request, "session")
         protocol = request.get("protocol")
         fits = protocol == methods.PROTOCOL
-        with self.registry.transaction() as session:
-            member = session.get_one(Member, peer.name)
-            # A site whose release does not fit is shown with it, and never counts as online.
-            member.version = release
-            member.address = peer.address
-            if fits:
-                member.last_seen = now()
-                member.session = session_id
-                if "trust" in request:
-                    member.trust = text(request, "trust")[:64]
+        # A site whose release does not fit is shown with it, and never counts as online.
+        said: dict[str, Any] = {"version": release, "address": peer.address}
+        if fits:
+            said["session"] = session_id
+            said["studies_at_once"] = number(request, "studies_at_once") or None
+            if "trust" in request:
+                said["trust"] = text(request, "trust")[:64]
+        self._presence.heard(peer.name, said, counts=fits)
         methods.check_protocol(
             protocol, release=release, who=f"site {peer.name}", here="the aggregator"
         )
@@ -73,11 +79,8 @@ class SiteServices:
             "time": now(),
             "trust": trust.digest,
             "renew": self._must_renew(peer.member),
-            "running": [
-                digest
-                for digest in self.registry.running()
-                if self.registry.study(digest).proposed_to(peer.name)
-            ],
+            "running": (running := self.registry.running_at(peer.name)),
+            "benched": self._benches.of(peer.name, running),
         }
 
     async def site_studies(self, peer: Peer, request: dict[str, Any]) -> Any:
