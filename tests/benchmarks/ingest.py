@@ -5,6 +5,8 @@ Run ``python tests/benchmarks/ingest.py`` (a few minutes on two cores); it print
 of its own and is wall time without imports, as a person waits for it.
 
 ``index``: headers of 5 000 DICOM instances, grouped by series.
+``check``: `consilium site data check` of 260 pairs the size of a hippocampus, from cold: as a
+process, its start included, with an empty cache of ours (the system's own cache of files is warm).
 ``ingest``: ours is what a site does, import (checks, digests, cache on disk, durable) and
 preparing for a study; MONAI's is the first epoch of a PersistentDataset over LoadImage,
 EnsureChannelFirst, Orientation, Spacing, NormalizeIntensity and FgBgToIndices, without workers or
@@ -35,9 +37,11 @@ from typing import Any
 
 import numpy as np
 
-TARGET = {"index_seconds": 30.0, "ingest": 1.0, "epoch": 10.0}
+TARGET = {"index_seconds": 30.0, "check_seconds": 3.0, "ingest": 1.0, "epoch": 10.0}
 PATCH = [64, 64, 32]
 EPOCHS = 5
+#: The public hippocampus has 260 labelled images of about this size.
+PAIRS, SMALL = 260, (36, 50, 36)
 
 
 @dataclass(frozen=True)
@@ -338,12 +342,45 @@ def measure_index(instances: int, repeats: int) -> dict[str, Any]:
     return {**best, "seconds": round(best["seconds"], 2)}
 
 
+def measure_check(pairs: int, repeats: int) -> dict[str, Any]:
+    """Import so many small pairs, empty the cache, and check them as a person does."""
+    with tempfile.TemporaryDirectory() as place:
+        images, home = Path(place) / "images", str(Path(place) / "site")
+        write_cohort(images, pairs, SMALL, dicom=False)
+        labels = ("--label", "background=0", "--label", "organ=1")
+        consilium("import", str(images), "--home", home, "--site", "benchmark", *labels)
+        found = []
+        for _ in range(repeats):
+            consilium("purge", "--home", home)
+            start, before = time.perf_counter(), os.times()
+            checked = consilium("check", "--home", home)
+            after = os.times()
+            busy = after.children_user + after.children_system
+            busy -= before.children_user + before.children_system
+            found.append((round(time.perf_counter() - start, 2), round(busy, 2)))
+            if checked["cases"] != pairs or checked["read"] != pairs:
+                raise SystemExit(f"not all were read and checked: {checked}")
+    seconds, busy = min(found)
+    return {"pairs": pairs, "shape": SMALL, "seconds": seconds, "cpu_seconds": busy}
+
+
+def consilium(*arguments: str) -> dict[str, Any]:
+    """Run a command of `site data` as a process and return its data."""
+    command = [Path(sys.executable).with_name("consilium"), "--json", "site", "data", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode not in (0, 10):  # 10: warnings only
+        raise SystemExit(done.stdout + done.stderr)
+    data: dict[str, Any] = json.loads(done.stdout)["data"]
+    return data
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small numbers, once")
     parser.add_argument("--repeats", type=int, default=2, help="repeats of each (default 2)")
     parser.add_argument("--case", choices=list(TASKS), action="append", help="only this cohort")
+    parser.add_argument("--only-check", action="store_true", help="`site data check` alone")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -356,6 +393,10 @@ def main() -> None:
             print(json.dumps(monai(Path(rest[1]), TASKS[rest[0]], int(rest[2]))))
         return
     load = os.getloadavg()
+    if options.only_check:
+        checked = measure_check(PAIRS, options.repeats)
+        print(json.dumps({"benchmark": "check", **checked, "load_average": load}, indent=2))
+        return
     repeats = 1 if options.quick else options.repeats
     cases, shape = (4, (72, 72, 36)) if options.quick else (24, (160, 160, 64))
     found: dict[str, Any] = {}
@@ -365,6 +406,8 @@ def main() -> None:
             found[name] = compare(name, Path(place), repeats)
     indexed = measure_index(200 if options.quick else 5000, repeats)
     indexed["target_met"] = indexed["seconds"] <= TARGET["index_seconds"]
+    checked = measure_check(20 if options.quick else PAIRS, repeats)
+    checked["target_met"] = checked["seconds"] <= TARGET["check_seconds"]
     print(
         json.dumps(
             {
@@ -374,6 +417,7 @@ def main() -> None:
                 "shape": shape,
                 "patch": PATCH,
                 "index": indexed,
+                "check": checked,
                 "cohorts": found,
                 "load_average": {"before": load, "after": os.getloadavg()},
                 "machine": {
