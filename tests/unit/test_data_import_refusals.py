@@ -148,7 +148,7 @@ def closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     listed = os.scandir
 
     def scandir(path: object = ".") -> object:
-        if Path(os.fspath(path)) == folder:  # type: ignore[call-overload]
+        if not isinstance(path, int) and Path(os.fspath(path)) == folder:  # type: ignore[call-overload]
             raise PermissionError(13, "Permission denied", str(folder))
         return listed(path)  # type: ignore[call-overload]
 
