@@ -7,10 +7,9 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from typing import IO
 
 from consilium_client.home import SiteHome
-from consilium_common.errors import ConsiliumError
+from consilium_common import processes
 from consilium_common.files import write_atomic
 
 
@@ -23,16 +22,12 @@ def only_one(home: SiteHome) -> Iterator[None]:
     ConsiliumError
         ``state.running`` when another process holds it.
     """
-    with _opened(home, "lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConsiliumError(
-                "state.running",
-                "This site is running already.",
-                where=str(home.path),
-                hint="Stop the other `consilium site start` first.",
-            ) from error
+    with processes.only_one(
+        home.run / "lock",
+        "This site is running already.",
+        hint="Stop the other `consilium site start` first.",
+        where=home.path,
+    ):
         status = home.run / "status.json"
         write_atomic(status, json.dumps({"pid": os.getpid()}).encode())
         try:
@@ -48,11 +43,7 @@ def renewing(home: SiteHome) -> Iterator[None]:
     Of two certificates that are asked for at once the aggregator takes only the later: written in
     the other order they would lock the site out.
     """
-    with _opened(home, "renewal.lock") as lock:
+    path = str(home.run / "renewal.lock")
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _opened(home: SiteHome, name: str) -> IO[str]:
-    path = str(home.run / name)
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")

@@ -50,7 +50,9 @@ def die_with_starter() -> None:
 
 
 @contextlib.contextmanager
-def only_one(lock: Path, what: str, *, hint: str, wait: float = 0.0) -> Iterator[None]:
+def only_one(
+    lock: Path, what: str, *, hint: str, wait: float = 0.0, where: Path | None = None
+) -> Iterator[None]:
     """Hold a lock file while the body runs; the lock ends with its process.
 
     Parameters
@@ -59,6 +61,8 @@ def only_one(lock: Path, what: str, *, hint: str, wait: float = 0.0) -> Iterator
         Said where another process holds it, for example "This aggregator is running already."
     wait : float
         Seconds in which the other may still give it up (default: none).
+    where : Path, optional
+        What the lock stands for, in the error (default: its file).
 
     Raises
     ------
@@ -74,7 +78,7 @@ def only_one(lock: Path, what: str, *, hint: str, wait: float = 0.0) -> Iterator
             except OSError as error:
                 if time.monotonic() >= end:
                     raise ConsiliumError(
-                        "state.running", what, where=str(lock), hint=hint
+                        "state.running", what, where=str(where or lock), hint=hint
                     ) from error
             time.sleep(0.05)
         yield
