@@ -198,6 +198,11 @@ def test_a_file_that_is_exchanged_after_it_was_judged_does_not_leave(
     assert row["sent"] is False
 
 
+async def not_expected(*_: Any) -> bool:
+    """Answer a delivery as an aggregator whose round is over."""
+    raise ConsiliumError("run.not-expected", "The round is over.")
+
+
 def test_an_update_that_the_aggregator_will_not_take_becomes_one_error_reply_and_no_silence(
     site: JoinedSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,16 +211,13 @@ def test_an_update_that_the_aggregator_will_not_take_becomes_one_error_reply_and
     question = Question(study)
     superlink = SuperLink(question)
 
-    async def refused(*_: Any) -> bool:
-        raise ConsiliumError("run.not-expected", "The round is over.")
-
     async def taken(*_: Any) -> bool:
         return True
 
     async def talk(node: SuperNode, _: Link) -> None:
         await node.take(question)
         reply = update_reply(question, blob)
-        monkeypatch.setattr(Transfers, "deliver", refused)
+        monkeypatch.setattr(Transfers, "deliver", not_expected)
         assert await node.send(reply) == [403]
         # The error has been told: what would be taken now is a second reply.
         monkeypatch.setattr(Transfers, "deliver", taken)
@@ -234,14 +236,11 @@ def test_a_reply_that_was_sent_stays_the_only_one_though_its_file_is_refused_lat
     question = Question(study)
     superlink = SuperLink(question)
 
-    async def refused(*_: Any) -> bool:
-        raise ConsiliumError("run.not-expected", "The round is over.")
-
     async def talk(node: SuperNode, _: Link) -> None:
         await node.take(question)
         reply = update_reply(question, blob)
         await node.post("PushMessages", reply.request.SerializeToString())  # and the line broke
-        monkeypatch.setattr(Transfers, "deliver", refused)
+        monkeypatch.setattr(Transfers, "deliver", not_expected)
         assert await node.send(reply) == [403]
 
     converse(site, superlink, talk)
