@@ -25,6 +25,7 @@ from transfer_samples import (
     Port,
     deliver,
     fetched,
+    run,
 )
 
 from consilium_client import transfers as site_side
@@ -53,13 +54,6 @@ def authority(port: Port) -> Authority:
 @pytest.fixture
 def hospital(port: Port, authority: Authority, tmp_path: Path) -> Hospital:
     return Hospital(port, tmp_path, authority)
-
-
-def run(scenario: Callable[[], Awaitable[Any]]) -> Any:
-    async def limited() -> Any:
-        return await asyncio.wait_for(scenario(), 40)
-
-    return asyncio.run(limited())
 
 
 # --- whole, and resumed -------------------------------------------------------------------------

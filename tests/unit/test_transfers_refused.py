@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from transfer_samples import (
     deliver,
     fetched,
     raw,
+    run,
 )
 
 from consilium_client import received as site_side
@@ -52,13 +52,6 @@ def authority(port: Port) -> Authority:
 @pytest.fixture
 def hospital(port: Port, authority: Authority, tmp_path: Path) -> Hospital:
     return Hospital(port, tmp_path, authority)
-
-
-def run(scenario: Callable[[], Awaitable[Any]]) -> Any:
-    async def limited() -> Any:
-        return await asyncio.wait_for(scenario(), 40)
-
-    return asyncio.run(limited())
 
 
 def stranger(port: Port, authority: Authority) -> Any:

@@ -49,6 +49,15 @@ STUDY, OTHER_STUDY = "d" * 64, "e" * 64
 MIB = 1024 * 1024
 
 
+def run(scenario: Callable[[], Awaitable[Any]]) -> Any:
+    """Run a scenario that must end within 40 seconds."""
+
+    async def limited() -> Any:
+        return await asyncio.wait_for(scenario(), 40)
+
+    return asyncio.run(limited())
+
+
 class Port:
     """An aggregator's home and port. Its studies exist by their approvals alone."""
 
