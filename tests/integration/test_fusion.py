@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -291,7 +292,7 @@ def charges_of(site: Site) -> list[Charge]:
 def _forget(small: Federation, digest: str) -> None:
     """Let the aggregator lose all that a study's run has left there, as after a bad restore."""
     home = ServerHome.existing(small.home)
-    (home.study_folder(digest) / "checkpoint.safetensors").unlink()
+    shutil.rmtree(home.study_folder(digest) / "checkpoints")
     with closing(sqlite3.connect(home.database, timeout=20)) as database, database:
         for table in ("statistics", "evaluations", "rounds"):
             database.execute(f"DELETE FROM {table} WHERE digest = ?", (digest,))

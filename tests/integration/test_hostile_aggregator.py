@@ -201,25 +201,27 @@ def test_messages_that_are_no_instructions_are_refused(scene: Scene) -> None:
 # --- models --------------------------------------------------------------------------------------
 
 
-def broken_models(scene: Scene) -> Iterator[tuple[str, bytes]]:
+def broken_models(scene: Scene) -> Iterator[tuple[str, bytes, str]]:
+    """Give models that are not the study's, and the error: what is too large is not even fetched."""
+    large, wrong = "run.bad-message", "run.bad-update"
     tensors = initial_weights(scene.study("approved"))
     name, tensor = next(iter(tensors.items()))
-    yield "other shape", scene.model(**{name: np.zeros((*tensor.shape, 2), np.float32)})
-    yield "fewer tensors", scene.model(**{name: None})
-    yield "other tensors", scene.model(**{name: None, "patients": tensor})
-    yield "more tensors", scene.model(patients=np.zeros(1000, np.float32))
-    yield "not finite", scene.model(**{name: np.full_like(tensor, np.nan)})
-    yield "oversized", scene.model(**{name: np.zeros(8_000_000, np.float32)})
-    yield "garbage", bytes(range(256)) * 64
-    yield "a header without end", (2**62).to_bytes(8, "little") + b"{}"
+    yield "other shape", scene.model(**{name: np.zeros((*tensor.shape, 2), np.float32)}), large
+    yield "fewer tensors", scene.model(**{name: None}), wrong
+    yield "other tensors", scene.model(**{name: None, "patients": tensor}), wrong
+    yield "more tensors", scene.model(patients=np.zeros(1000, np.float32)), large
+    yield "not finite", scene.model(**{name: np.full_like(tensor, np.nan)}), wrong
+    yield "oversized", scene.model(**{name: np.zeros(8_000_000, np.float32)}), large
+    yield "garbage", bytes(range(256)) * 64, wrong
+    yield "a header without end", (2**62).to_bytes(8, "little") + b"{}", wrong
 
 
 def test_a_model_that_is_not_the_study_s_is_refused_before_anything_is_charged(
     scene: Scene,
 ) -> None:
-    for what, blob in broken_models(scene):
+    for what, blob, code in broken_models(scene):
         with scene.nothing_charged():
-            assert scene.refused("train", 2, blob=blob) == "run.bad-update", what
+            assert scene.refused("train", 2, blob=blob) == code, what
     # What comes under a name is not what the name says, or nothing does.
     sound = scene.aggregator.offer(scene.model())
     for what, sent, code in (

@@ -157,6 +157,8 @@ def _main() -> None:
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
         sys.argv = ["consilium", *request["arguments"]]
+        if "start" in sys.argv:  # services set up gRPC before they import it
+            os.execv(Path(sys.executable).with_name("consilium"), sys.argv)
         main()
 
 

@@ -42,5 +42,9 @@ def running_average(
     with writing(out, after.specs, durable=False) as writer:
         for spec in after.specs:
             for start, values in after.pieces(spec):
-                past = before.read(spec.name, start, values.size).astype(np.float64)
-                writer.put(spec.name, (d * past + (1 - d) * values).astype(np.float32))
+                # In float64 both: what no round changes, like an untrained tensor, stays to the bit.
+                past, value = (
+                    piece.astype(np.float64)
+                    for piece in (before.read(spec.name, start, values.size), values)
+                )
+                writer.put(spec.name, (d * past + (1 - d) * value).astype(np.float32))
