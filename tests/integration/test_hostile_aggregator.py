@@ -202,7 +202,7 @@ def test_messages_that_are_no_instructions_are_refused(scene: Scene) -> None:
 
 
 def broken_models(scene: Scene) -> Iterator[tuple[str, bytes, str]]:
-    """Give models that are not the study's, and the error: what is too large is not even fetched."""
+    """Give models that are not the study's, and the error: nothing too large is fetched."""
     large, wrong = "run.bad-message", "run.bad-update"
     tensors = initial_weights(scene.study("approved"))
     name, tensor = next(iter(tensors.items()))

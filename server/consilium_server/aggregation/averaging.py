@@ -42,7 +42,7 @@ def running_average(
     with writing(out, after.specs, durable=False) as writer:
         for spec in after.specs:
             for start, values in after.pieces(spec):
-                # In float64 both: what no round changes, like an untrained tensor, stays to the bit.
+                # Both in float64: what no round changes, like an untrained tensor, stays exact.
                 past, value = (
                     piece.astype(np.float64)
                     for piece in (before.read(spec.name, start, values.size), values)
