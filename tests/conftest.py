@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ _SHARING = {
     "test_wrong_inputs.py": "federation-2",
     "test_port.py": "federation-2",
     "test_compromised_site.py": "federation-2",
+    "test_simulation.py": "federation-2",
+    "test_round_modes.py": "federation-2",
 }
 #: What takes minutes begins first, so that at the end no process waits for another.
 _LONGEST = (
@@ -57,8 +59,10 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before and after xdist looks for the groups
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None]:
     """Skip what this machine cannot run, put the slow folders last, give them time.
 
     With ``--dist loadgroup`` the tests of a file stay together, and files that share a federation.
@@ -74,6 +78,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             name = item.path.name
             item.add_marker(pytest.mark.xdist_group(_SHARING.get(name, name)))
     items.sort(key=lambda item: (_runs_processes(item), _begins(item)))  # stable within a file
+    yield
+    if getattr(config.option, "loadgroup", False) and any("@" not in item.nodeid for item in items):
+        # Every process would start every federation, and the tests take twice their time.
+        raise pytest.UsageError("xdist has not grouped the tests: see the pin of pytest.")
 
 
 def _begins(item: pytest.Item) -> int:
