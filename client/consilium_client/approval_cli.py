@@ -150,7 +150,10 @@ def decline(
 
     site = SiteHome.existing(home)
     answer = decline_study(site, SiteIdentity.load(site), study, why)
-    result(answer.to_dict(), f"Declined {_named(answer)}.{_stays(answer)}{_untold(answer)}")
+    result(
+        answer.to_dict(),
+        f"Declined {_named(answer)}.{_stays(answer)}{_own(site, answer)}{_untold(answer)}",
+    )
 
 
 @command
@@ -171,8 +174,8 @@ def withdraw(
     result(
         answer.to_dict(),
         f"Withdrawn from {_named(answer)}. Training stops at its next step, and nothing more is "
-        f"stored or sent.{_stays(answer)} The ledger keeps what was charged: it is charged before "
-        f"anything is computed.{_untold(answer)}",
+        f"stored or sent.{_stays(answer)}{_own(site, answer)} The ledger keeps what was charged: "
+        f"it is charged before anything is computed.{_untold(answer)}",
     )
 
 
@@ -188,6 +191,14 @@ def _stays(answer: Decided) -> str:
     results = "1 stored result stays" if answer.withheld == 1 else f"{answer.withheld} stored "
     results += "" if answer.withheld == 1 else "results stay"
     return f" {results} here for good, whether sent before or not."
+
+
+def _own(home: SiteHome, answer: Decided) -> str:
+    """Say where the personal model lies that the site has of the study, if it has one."""
+    from consilium_client.leftovers import own_model
+
+    path = own_model(home, answer.decision.study.digest)
+    return "" if path is None else f" This site's own part of the model stays in {path}."
 
 
 def _untold(answer: Decided) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from consilium_client.home import SiteHome
 from consilium_client.identity import SiteIdentity
+from consilium_client.leftovers import forget
 from consilium_client.proposals import find, proposals, unclear
 from consilium_client.store import Decision, StudyStore
 from consilium_common.errors import ConsiliumError
@@ -168,4 +170,6 @@ def _against(home: SiteHome, identity: SiteIdentity, study: Study, why: str) -> 
     # Here first: what this site runs is decided by its own record, whatever the aggregator hears.
     decision = store.decide(study, "declined", 0, why)
     withheld = sum(bool(row["withheld"]) for row in store.updates(study.digest))
+    with suppress(ConsiliumError):  # the decision stands all the same; `site start` tries again
+        forget(home, decision)
     return Decided(decision, tell(home, identity, decision), withheld)

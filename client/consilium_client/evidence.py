@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from consilium_client.store import StudyStore
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import private_folder, write_atomic
+from consilium_common.ledger.entries import time_text
 from consilium_common.ledger.state import LedgerState
 from consilium_common.ledger.store import Ledger
 
@@ -96,6 +98,8 @@ def _beside(folder: Path) -> Path:
 
 def _write(home: SiteHome, identity: SiteIdentity, folder: Path) -> dict[str, Any]:
     site = identity.config.name
+    # Before anything is read: what dates from before this moment is in the evidence.
+    began = time_text(datetime.now(UTC))
     # Receipts first: what leaves meanwhile is in the ledger already, and has its receipt next time.
     public = identity.signer().public_key()
     receipts = export_receipts(home.receipts, public, site, folder / "receipts.jsonl")
@@ -111,7 +115,7 @@ def _write(home: SiteHome, identity: SiteIdentity, folder: Path) -> dict[str, An
     for decision in decisions:
         content = canonical_json(decision.study.to_canonical())
         write_atomic(studies / f"{decision.study.digest}.json", content)
-    egress = {"schema": EGRESS_SCHEMA, "site": site, "released": rows}
+    egress = {"schema": EGRESS_SCHEMA, "site": site, "written_at": began, "released": rows}
     write_atomic(folder / "egress.json", canonical_json(egress))
     return {
         "site": site,

@@ -85,6 +85,11 @@ def model_file(home: SiteHome, study: str, model: Reference) -> Path:
     return private_folder(home.models / _folder(study)) / model.sha256
 
 
+def drop_models(home: SiteHome, study: str) -> None:
+    """Remove a study's models, also where the aggregator has it running still: at other sites."""
+    shutil.rmtree(home.models / _folder(study), ignore_errors=True)
+
+
 def note_refusal(path: Path, error: ConsiliumError) -> None:
     """Tell who waits for a model why it does not come; a full disk leaves them waiting."""
     with contextlib.suppress(ConsiliumError):

@@ -15,6 +15,7 @@ from consilium_client.executor import SUPERNODE_LOST
 from consilium_client.flower_private import supernode_command
 from consilium_client.home import HOME_VARIABLE, SiteHome
 from consilium_client.identity import SiteIdentity
+from consilium_client.leftovers import tidy_for_ever
 from consilium_client.link import Link
 from consilium_client.lock import only_one
 from consilium_client.renewal import Renewal
@@ -105,6 +106,7 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
                     witnessing.witness_for_ever(),
                     renewal.renew_for_ever(),
                     approve_for_ever(home, identity, say),
+                    tidy_for_ever(home, identity, say),
                     service.alive_for_ever(),
                 )
             ]

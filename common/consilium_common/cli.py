@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from consilium_common import __version__
-from consilium_common.console import MODE, print_error
+from consilium_common.console import MODE, print_error, to_reader
 from consilium_common.errors import ConsiliumError
 from consilium_common.models.kept import keep_networks
 
@@ -99,6 +99,7 @@ def main() -> None:
             arguments.remove(flag)
             arguments.insert(0, flag)
     command = typer.main.get_command(app)
+    sys.stdout = to_reader(sys.stdout)  # also of help, which Typer prints by itself
     try:
         status = command(args=arguments, prog_name="consilium", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -3,18 +3,20 @@
 People by default: results on stdout, progress and diagnostics on stderr. With ``--json`` stdout
 carries exactly one envelope, ``{"status": "ok", "data": …}`` or ``{"status": "error", "error":
 {code, message, where, hint}}``; everything else stays on stderr. A traceback is printed only with
-``--debug``. Exit statuses are those of :data:`consilium_common.errors.EXIT_STATUS`.
+``--debug``. Exit statuses are those of :data:`consilium_common.errors.EXIT_STATUS`. Where whoever
+reads has gone, as `head` does, a command ends without a word, with the status that shells give it.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
 
 from consilium_common.errors import ConsiliumError
 
@@ -34,6 +36,48 @@ class OutputMode:
 
 
 MODE = OutputMode()
+#: What a shell says of a command that SIGPIPE ended: 128 and the signal's number.
+UNREAD: Final = 141
+
+
+class _ToReader:
+    """A stream of text that ends the command when nobody reads it any more.
+
+    Not by the signal itself: it would also end an aggregator one of whose connections breaks.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._end()
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._end()
+
+    def _end(self) -> NoReturn:
+        # Python writes out what is left as it ends: to where nothing can go wrong.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        raise SystemExit(UNREAD)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def to_reader(stream: IO[str] | None) -> Any:
+    """Return a stream that ends the command, without a word, when its reader has gone.
+
+    None, of a process without that stream, stays None.
+    """
+    return stream if stream is None or isinstance(stream, _ToReader) else _ToReader(stream)
 
 
 def out() -> Console:
@@ -41,14 +85,14 @@ def out() -> Console:
     from rich.console import Console
 
     # No emoji: a fingerprint may hold ":AB:", which is one.
-    return Console(highlight=False, soft_wrap=True, emoji=False)
+    return Console(file=to_reader(sys.stdout), highlight=False, soft_wrap=True, emoji=False)
 
 
 def err() -> Console:
     """Return the console for progress and diagnostics (stderr)."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    return Console(file=to_reader(sys.stderr), highlight=False, soft_wrap=True, emoji=False)
 
 
 def note(message: str) -> None:
@@ -59,8 +103,7 @@ def note(message: str) -> None:
 def result(data: Any, people: Callable[[Console], None] | str) -> None:
     """Print a command's result: ``data`` as the JSON envelope, or ``people`` for a person."""
     if MODE.json:
-        sys.stdout.write(json.dumps({"status": "ok", "data": data}, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        _print_envelope({"status": "ok", "data": data})
     elif isinstance(people, str):
         out().print(people, markup=False)
     else:
@@ -70,9 +113,7 @@ def result(data: Any, people: Callable[[Console], None] | str) -> None:
 def print_error(error: ConsiliumError) -> None:
     """Print ``error`` in the current mode."""
     if MODE.json:
-        envelope = {"status": "error", "error": error.to_dict()}
-        sys.stdout.write(json.dumps(envelope, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        _print_envelope({"status": "error", "error": error.to_dict()})
         return
     console = err()
     console.print(f"error {error.code}: ", style="bold red", end="", markup=False)
@@ -81,6 +122,12 @@ def print_error(error: ConsiliumError) -> None:
         console.print(f"  where: {error.where}", markup=False)
     if error.hint:
         console.print(f"  to do: {error.hint}", markup=False)
+
+
+def _print_envelope(envelope: dict[str, Any]) -> None:
+    stream = to_reader(sys.stdout)
+    stream.write(json.dumps(envelope, ensure_ascii=False) + "\n")
+    stream.flush()
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -62,6 +63,11 @@ class Checkpoint:
     def result(self) -> Path:
         """The model that is evaluated and kept: the average where there is one."""
         return self.average or self.model
+
+    def sha256_of(self, file: Path) -> str | None:
+        """Return the digest of a file of this checkpoint; None for any other file."""
+        parts = {getattr(self, part): found for part, found in self.digests.items()}
+        return parts.get(file)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
@@ -167,9 +173,11 @@ def _keep(source: Path, target: Path) -> str:
             raise
         shutil.copyfile(source, target)
         target.chmod(0o600)
-    with target.open("rb") as stream:
+    # One thread waits for the disk while this one computes.
+    with target.open("rb") as stream, ThreadPoolExecutor(1) as beside:
+        synced = beside.submit(os.fsync, stream.fileno())
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-        os.fsync(stream.fileno())
+        synced.result()
     return found
 
 

@@ -204,7 +204,7 @@ def run_died(registry: Registry, run: str, why: str) -> None:
             failures=0,
         )
         return
-    seconds = min(_FIRST_BACK_OFF * 2 ** (failures - 1), _LONGEST_BACK_OFF)
+    seconds = back_off(failures)
     _move(
         registry,
         row,
@@ -215,6 +215,11 @@ def run_died(registry: Registry, run: str, why: str) -> None:
         failed_after=done,
         not_before=(datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(),
     )
+
+
+def back_off(failures: int) -> float:
+    """Return the seconds of pause after so many runs in a row that died, from 1."""
+    return min(_FIRST_BACK_OFF * 2.0 ** (failures - 1), _LONGEST_BACK_OFF)
 
 
 def pause_for_disk(

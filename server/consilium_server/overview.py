@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
+
+from sqlalchemy import func, select
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.certificates import Role, describe, load_certificate
 from consilium_common.identity.words import fingerprint_words
 from consilium_server.cosigning import signatures_overview
 from consilium_server.lifecycle import approved
+from consilium_server.overview_pages import fitting
 from consilium_server.registry import Registry
 from consilium_server.released import noisy_score, pooled
-from consilium_server.round_tables import site_rounds
+from consilium_server.round_tables import SiteRound
 from consilium_server.scheduler import queue, waits_for
 from consilium_server.spending import SpendMeter
 from consilium_server.standing import round_standing
@@ -19,8 +23,10 @@ from consilium_server.states import State
 from consilium_server.statistics import estimates
 from consilium_server.tables import Alarm, EvaluationRow, Member, Round, StudyRow, Witnessed
 
-#: So many entries of a study's log are shown: an answer is one message.
+#: At most so many entries of a study's log are shown: an answer is one message.
 _LOGGED: Final = 500
+#: Rounds that are read from the database at a time, where a page may hold few of them.
+_AT_ONCE: Final = 100
 
 
 def sites_overview(registry: Registry) -> list[dict[str, Any]]:
@@ -70,6 +76,9 @@ def _witnessed(row: Witnessed | None) -> dict[str, Any]:
 def studies_overview(registry: Registry) -> list[dict[str, Any]]:
     """Return a line for every study: where it stands, and its place in the queue."""
     places = {row.digest: place for place, row in enumerate(queue(registry), start=1)}
+    with registry.transaction() as session:
+        counted = select(Round.digest, func.count()).group_by(Round.digest)
+        done = {row[0]: row[1] for row in session.execute(counted)}
     return [
         {
             "digest": row.digest,
@@ -80,7 +89,7 @@ def studies_overview(registry: Registry) -> list[dict[str, Any]]:
             "priority": row.priority,
             "place": places.get(row.digest),
             "waits_for": waits_for(registry, row) if row.digest in places else "",
-            "rounds_done": len(registry.rounds(row.digest)),
+            "rounds_done": done.get(row.digest, 0),
             "rounds": int(row.canonical["federation"]["rounds"]),
             "approved": len(approved(registry, row.digest)),
         }
@@ -112,7 +121,9 @@ def history_overview(registry: Registry, row: StudyRow) -> dict[str, Any]:
             }
             for event in registry.history(row.digest)[-_LOGGED:]
         ],
-        "rounds": [{**_round(one), "ended_at": one.ended_at} for one in rounds[-_LOGGED:]],
+        "rounds": fitting(
+            {**_round(one), "ended_at": one.ended_at} for one in rounds[: -_LOGGED - 1 : -1]
+        )[::-1],
     }
 
 
@@ -124,19 +135,21 @@ def round_overview(registry: Registry, row: StudyRow, number: int) -> dict[str, 
     ConsiliumError
         ``study.no-round`` for one that is not over yet.
     """
-    found = [one for one in registry.rounds(row.digest) if one.number == number]
-    if not found:
+    of_it = (SiteRound.digest == row.digest, SiteRound.number == number)
+    with registry.transaction() as session:
+        found = session.get(Round, (row.digest, number))
+        parts = session.scalars(select(SiteRound).where(*of_it).order_by(SiteRound.site)).all()
+    if found is None:
         raise ConsiliumError(
             "study.no-round",
             f"The study {row.name} has not finished a round {number + 1}.",
             hint=f"See `consilium study log {row.digest[:12]}`.",
         )
-    parts = site_rounds(registry, row.digest).get(number, [])
     return {
         "digest": row.digest,
         "name": row.name,
-        **_round(found[0]),
-        "ended_at": found[0].ended_at,
+        **_round(found),
+        "ended_at": found.ended_at,
         "parts": [part.shown() for part in parts],
     }
 
@@ -161,8 +174,7 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
         counted.figures if counted is not None else (),
         exact=row.state != "running",
     )
-    shown = [_evaluation(e) for e in evaluations]
-    exact = {e.rounds_done: e.figures for e in evaluations if e.figures and e.noise is None}
+    shown = evaluations_overview(evaluations)
     return {
         "digest": row.digest,
         "name": row.name,
@@ -196,14 +208,7 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
             }
             for a in approvals
         ],
-        "rounds": [
-            {
-                **_round(r),
-                "loss": r.loss,
-                "metrics": {"evaluation": exact[r.number + 1]} if r.number + 1 in exact else {},
-            }
-            for r in rounds
-        ],
+        "rounds": list(rounds_overview(rounds, evaluations)),
         "progress": [
             {
                 "site": p.site,
@@ -222,6 +227,43 @@ def study_overview(registry: Registry, row: StudyRow, meter: SpendMeter) -> dict
             if alarm.site in {a.site for a in approvals}
         ],
     }
+
+
+def study_page(registry: Registry, row: StudyRow, name: str, start: int) -> list[dict[str, Any]]:
+    """Return what goes into one answer of a list of :func:`study_overview`, from ``start`` on.
+
+    Raises
+    ------
+    ConsiliumError
+        ``network.garbage`` for another name than ``rounds`` or ``evaluations``.
+    """
+    evaluations = registry.evaluations(row.digest)
+    if name == "evaluations":
+        return fitting(evaluations_overview(evaluations)[start:])
+    if name != "rounds":
+        raise ConsiliumError("network.garbage", "The request names a list that no study has.")
+    query = select(Round).where(Round.digest == row.digest).order_by(Round.number).offset(start)
+    with registry.transaction() as session:
+        rounds = session.scalars(query.execution_options(yield_per=_AT_ONCE))
+        return fitting(rounds_overview(rounds, evaluations))
+
+
+def rounds_overview(
+    rounds: Iterable[Round], evaluations: Sequence[EvaluationRow]
+) -> Iterator[dict[str, Any]]:
+    """Return a study's finished rounds, each with the exact figures released after it."""
+    exact = {e.rounds_done: e.figures for e in evaluations if e.figures and e.noise is None}
+    for r in rounds:
+        yield {
+            **_round(r),
+            "loss": r.loss,
+            "metrics": {"evaluation": exact[r.number + 1]} if r.number + 1 in exact else {},
+        }
+
+
+def evaluations_overview(evaluations: Sequence[EvaluationRow]) -> list[dict[str, Any]]:
+    """Return every evaluation of a study: pooled over sites, and what each site released."""
+    return [_evaluation(e) for e in evaluations]
 
 
 def _round(row: Round) -> dict[str, Any]:

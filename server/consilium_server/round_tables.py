@@ -15,6 +15,8 @@ ACCEPTED: Final = "accepted"
 LATE: Final = "late"
 FAILED: Final = "failed"
 LEFT_OUT: Final = "left-out"
+#: Why an accepted update is not in the model all the same.
+PASSED_OVER: Final = "not chosen by the study's strategy"
 #: It was asked and has not answered yet; of the round under way alone.
 ASKED: Final = "asked"
 
@@ -27,7 +29,7 @@ class SiteRound(Base):
     number: Mapped[int] = mapped_column(primary_key=True)
     site: Mapped[str] = mapped_column(primary_key=True)
     outcome: Mapped[str]  #: accepted, late, failed or left-out
-    why: Mapped[str] = mapped_column(default="")  #: empty where it was accepted
+    why: Mapped[str] = mapped_column(default="")  #: where it was accepted: empty, or PASSED_OVER
     #: From when it was asked to when its update was there; None where none came.
     seconds: Mapped[float | None] = mapped_column(default=None)
     norm: Mapped[float | None] = mapped_column(default=None)  #: L2, of its change, before clipping

@@ -29,6 +29,15 @@ def ask(home: Path, connect: Path | None, method: str, request: dict[str, Any]) 
         return caller.call(method, request)
 
 
+def ask_study(home: Path, connect: Path | None, study: str) -> dict[str, Any]:
+    """Ask the aggregator for all that it knows of one study."""
+    from consilium_common.identity.personal import connect as connect_to
+    from consilium_server.overview_pages import whole_study
+
+    with connect_to(connect, home) as caller:
+        return whole_study(lambda request: caller.call(methods.OPERATOR_SHOW, request), study)
+
+
 @app.command()
 @command
 def run(
@@ -127,11 +136,16 @@ def follow_study(home: Path, connect: Path | None, study: str) -> None:
     from consilium_common.console import print_error
     from consilium_common.errors import ConsiliumError
     from consilium_common.identity.personal import connect as connect_to
+    from consilium_server.overview_pages import whole_study
     from consilium_server.watching import evaluation_line, follow
 
     with connect_to(connect, home) as caller:
+
+        def show(request: dict[str, Any]) -> Any:
+            return caller.call(methods.OPERATOR_SHOW, request)
+
         try:
-            data = follow(lambda: caller.call(methods.OPERATOR_SHOW, {"digest": study}), note)
+            data = follow(lambda: whole_study(show, study), note)
         except KeyboardInterrupt:
             print_error(
                 ConsiliumError(

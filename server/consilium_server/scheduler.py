@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from time import monotonic
 from typing import Final, Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -66,6 +67,9 @@ class Scheduler:
         self._lock = asyncio.Lock()
         self._said = ""
         self._settled: tuple[object, ...] = ()
+        #: Of each study that waits after a death: until when it was told to, and until when it
+        #: does, by a clock that nobody sets.
+        self._waits: dict[str, tuple[str, float]] = {}
 
     async def run_for_ever(self) -> None:
         """Look again and again until cancelled; what goes wrong is said once and tried again."""
@@ -113,7 +117,7 @@ class Scheduler:
         if not self._ready():
             return
         for row in self._registry.in_states(State.RUNNING):
-            if row.flower_run is None and _due(row):
+            if row.flower_run is None and self._due(row):
                 self._start(row.digest)
         for row in queue(self._registry):
             if waits_for(self._registry, row):
@@ -131,6 +135,21 @@ class Scheduler:
                 )
             if begun:
                 self._start(row.digest)
+
+    def _due(self, row: StudyRow) -> bool:
+        """Whether a run that died may begin again; a clock that is set changes nothing here.
+
+        The time to wait is taken once from what was written down, which a restart of the
+        aggregator may find again: then it is at most the pause that was planned.
+        """
+        if row.not_before is None:
+            return True
+        told, until = self._waits.get(row.digest, ("", 0.0))
+        if told != row.not_before:
+            left = (datetime.fromisoformat(row.not_before) - datetime.now(UTC)).total_seconds()
+            until = monotonic() + min(left, lifecycle.back_off(row.failures))
+            self._waits[row.digest] = (row.not_before, until)
+        return monotonic() >= until
 
     def _start(self, digest: str) -> None:
         try:
@@ -216,10 +235,6 @@ def _free(registry: Registry, sites: list[Member]) -> set[str]:
         for site in sites
         if site.studies_at_once is None or busy[site.name] < site.studies_at_once
     }
-
-
-def _due(row: StudyRow) -> bool:
-    return row.not_before is None or datetime.fromisoformat(row.not_before) <= datetime.now(UTC)
 
 
 def _size(path: Path) -> int:

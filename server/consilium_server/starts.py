@@ -112,24 +112,6 @@ class PublicStarts:
                 hint="Propose it with `consilium study propose FILE --start WEIGHTS.safetensors`.",
             )
 
-    def read(self, sha256: str) -> bytes:
-        """Return a file's content.
-
-        Raises
-        ------
-        ConsiliumError
-            ``study.start`` when it is not here.
-        """
-        try:
-            return self.path(sha256).read_bytes()
-        except OSError as error:
-            raise ConsiliumError(
-                "study.start",
-                f"The study's starting weights are not here: {error.strerror or error}.",
-                where=str(self.path(sha256)),
-                hint="Propose the study again with --start; nothing else changes.",
-            ) from error
-
 
 def read_start(study: Study, file: Path | None) -> bytes | None:
     """Return the weights a study begins with, checked against it; None where it names none.

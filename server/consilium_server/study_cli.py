@@ -12,7 +12,7 @@ from consilium_common.identity.cli import Connect
 from consilium_common.wire import methods
 from consilium_server import running_cli
 from consilium_server.options import DEFAULT_HOME, Home
-from consilium_server.running_cli import Which, ask
+from consilium_server.running_cli import Which, ask, ask_study
 from consilium_server.signing_cli import sign
 from consilium_server.simulating_cli import simulate
 
@@ -162,9 +162,7 @@ def compare(
     """Compare two studies: what differs in their documents, and what came of each."""
     from consilium_server.comparing import print_comparison, side_by_side
 
-    data = side_by_side(
-        *(ask(home, connect, methods.OPERATOR_SHOW, {"digest": one}) for one in (first, second))
-    )
+    data = side_by_side(ask_study(home, connect, first), ask_study(home, connect, second))
     result(data, lambda console: print_comparison(data, console))
 
 
@@ -197,7 +195,7 @@ def list_studies(home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
 @command
 def show(study: Which, home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
     """Show a study: approvals, rounds, sites, ε."""
-    data = ask(home, connect, methods.OPERATOR_SHOW, {"digest": study})
+    data = ask_study(home, connect, study)
 
     def people(console: Console) -> None:
         from consilium_server.watching import study_view
@@ -234,7 +232,7 @@ def stats(study: Which, home: Home = DEFAULT_HOME, connect: Connect = None) -> N
     """Show a study's statistics over sites: public values, and noised ones that it asks for."""
     from consilium_server.statistics import print_view, public_view
 
-    data = public_view(ask(home, connect, methods.OPERATOR_SHOW, {"digest": study}))
+    data = public_view(ask_study(home, connect, study))
 
     def people(console: Console) -> None:
         print_view(data, console)

@@ -46,15 +46,20 @@ class StudyFiles:
 
     # --- for the round loop ----------------------------------------------------------------
 
-    def offer(self, model: Path) -> Reference:
+    def offer(self, model: Path, sha256: str | None = None) -> Reference:
         """Let the study's sites fetch a file, which must not change; return its name.
+
+        Parameters
+        ----------
+        sha256 : str, optional
+            Digest of the file where it is known (default: all of the file is read for it).
 
         Raises
         ------
         ConsiliumError
             ``state.disk``.
         """
-        reference = Reference.of(model)
+        reference = Reference(sha256, model.stat().st_size) if sha256 else Reference.of(model)
         path = private_folder(self._out) / reference.sha256
         try:
             # Replaced: what a crash left under this name need not be what the name says.

@@ -23,7 +23,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from consilium_client.flower_private_fleet import make_request
 from consilium_common.audit.documents import read_records
 from consilium_common.audit.evidence import open_evidence
-from consilium_common.audit.reconcile import receipt_differences
+from consilium_common.audit.reconcile import reconcile
 from consilium_common.demo.hospitals import NAMES
 from consilium_common.ledger.state import LedgerState
 from consilium_common.wire.messages import to_server
@@ -138,13 +138,12 @@ def test_nothing_that_an_intruder_says_leaves_and_the_site_goes_on(
     assert {(row["round"], row["sha256"]) for row in received if row["study"] == digest} == left
     opened = open_evidence(evidence)
     assert opened.receipts is not None
-    open_studies = [d for d, study in opened.studies.items() if study.privacy.mode == "none"]
-    differences = receipt_differences(
+    held = reconcile(
         LedgerState(),
-        [one for one in opened.receipts if one.release.study == digest],
+        receipts=[one for one in opened.receipts if one.release.study == digest],
         egress=opened.egress,
         records=read_records(records),
-        open_studies=open_studies,
+        studies=opened.studies,
     )
-    named = {one.code for one in differences if digest[:12] in one.message}
+    named = {one.code for one in held.differences if digest[:12] in one.message}
     assert named == set()

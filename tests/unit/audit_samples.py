@@ -82,6 +82,8 @@ class Site:
     received: list[dict[str, Any]] = field(default_factory=list)
     pause: dt.timedelta = dt.timedelta(hours=7)
     witnessed: int | None = None
+    #: When its evidence says it was taken.
+    taken: str | None = None
 
     def __post_init__(self) -> None:
         self.add("opened", {
@@ -173,6 +175,8 @@ class Site:
             path = folder / "studies" / f"{study.digest}.json"
             path.write_bytes(canonical_json(study.to_canonical()))
         egress = {"schema": "consilium/egress/v1", "site": self.name, "released": self.egress}
+        if self.taken is not None:
+            egress["written_at"] = self.taken
         (folder / "egress.json").write_text(json.dumps(egress))
         return folder
 

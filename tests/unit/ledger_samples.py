@@ -68,10 +68,12 @@ def small_ledger(path: Path) -> Ledger:
     return ledger
 
 
-def witness(entry: Entry, *, key: Ed25519PrivateKey = WITNESS_KEY) -> WitnessRecord:
+def witness(
+    entry: Entry, *, key: Ed25519PrivateKey = WITNESS_KEY, time: str = WITNESS_TIME
+) -> WitnessRecord:
     """Return the record that the aggregator would make of an entry."""
-    unsigned = WitnessRecord(entry.site, entry.head, WITNESS_TIME, "")
-    return WitnessRecord(entry.site, entry.head, WITNESS_TIME, sign(key, unsigned.statement()))
+    unsigned = WitnessRecord(entry.site, entry.head, time, "")
+    return WitnessRecord(entry.site, entry.head, time, sign(key, unsigned.statement()))
 
 
 def witnessed_ledger(path: Path, number: int = 6) -> Ledger:

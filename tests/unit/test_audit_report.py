@@ -7,6 +7,7 @@ import html.parser
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from audit_samples import EVALUATION, STUDY, TRAINING, Site, consilium, sample_s
 from ledger_samples import KEY, open_ledger, patients
 
 from consilium_common.audit.documents import read_records
+from consilium_common.audit.ends import NotCompared
 from consilium_common.audit.evidence import open_evidence
 from consilium_common.audit.privacy_report import AuditReport, audit_report
 from consilium_common.audit.report_page import rate, render, write_report
@@ -123,6 +125,21 @@ def test_the_page_is_one_file_without_network_or_script(report: AuditReport) -> 
         *(STUDY.digest, report.ledger.key, str(report.ledger.head)),
     ):
         assert must in page.words, must
+
+
+def test_what_was_not_compared_is_said_on_the_page_and_at_the_terminal(
+    report: AuditReport,
+) -> None:
+    end = report.written_at
+    left = NotCompared("received", 3, end, end, end)
+    told = replace(report.reconciliation, not_compared=(left,))
+    for said in (
+        Page(render(replace(report, reconciliation=told))).words,
+        replace(report, reconciliation=told).summary(Path("out.html")),
+    ):
+        assert "3 things that the aggregator received" in said
+        assert "ewer evidence" in said
+    assert "not compared" not in Page(render(report)).words
 
 
 def test_a_planted_patient_never_appears(report: AuditReport, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from contextlib import suppress
@@ -54,6 +55,14 @@ def test_it_reads_back_exactly(study: Path, rounds: int) -> None:
     assert saved.model.is_relative_to(study)
     assert weights(saved.model) == {n: (t + rounds).tolist() for n, t in WEIGHTS.items()}
     assert (saved.state, saved.average, saved.result) == (None, None, saved.model)
+
+
+def test_it_knows_the_digest_of_its_own_files_and_of_no_other(study: Path) -> None:
+    made = after(study, 1)
+    assert made.sha256_of(made.model) is None  # not read yet
+    saved = save_checkpoint(study, made)
+    assert saved.sha256_of(saved.model) == hashlib.sha256(saved.model.read_bytes()).hexdigest()
+    assert saved.sha256_of(made.model) is None
 
 
 def test_before_the_first_round_there_is_none(study: Path) -> None:

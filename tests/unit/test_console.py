@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import typer
 
-from consilium_common.console import MODE, command, note, print_error, result
+from consilium_common.console import MODE, UNREAD, command, note, print_error, result
 from consilium_common.errors import EXIT_STATUS, ConsiliumError
 
+_CONSILIUM = "from consilium_common.cli import main; main()"
 ERROR = ConsiliumError("data.truncated", "The file [is] broken.", where="a[1].nii", hint="Copy it.")
 
 
@@ -118,3 +122,39 @@ def test_a_commands_own_exit_passes() -> None:
 
     assert run(leave) == 3
     assert run(lambda: None) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "both"),
+    [
+        ("study examples", False),
+        ("study examples", True),
+        ("--json study examples", False),
+        ("study --help", False),
+    ],
+)
+def test_a_command_whose_reader_has_gone_ends_without_a_word(arguments: str, both: bool) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)  # as `head` does once it has its lines
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", _CONSILIUM, *arguments.split()],
+            stdout=writes,
+            stderr=writes if both else subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writes)
+    assert ended.returncode == UNREAD
+    assert not ended.stderr
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error_like_any_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        raise BrokenPipeError
+
+    assert run(fail) == 1
+    assert "BrokenPipeError" in capsys.readouterr().err

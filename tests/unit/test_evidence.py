@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from consilium_client.cli import app
 from consilium_client.evidence import egress_rows, write_evidence
 from consilium_client.home import SiteHome
 from consilium_client.store import StudyStore
+from consilium_common.audit.evidence import open_evidence
 from consilium_common.console import MODE
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.certificates import check_issued, read_certificate
+from consilium_common.ledger.entries import time_text
 from consilium_common.ledger.store import Ledger
 from consilium_common.ledger.verify import verify_file
 
@@ -72,6 +75,9 @@ def test_the_folder_holds_what_the_auditor_needs_and_it_fits_together(
     egress = json.loads((folder / "egress.json").read_bytes())
     assert (egress["schema"], egress["site"]) == ("consilium/egress/v1", NAME)
     assert egress["released"] == egress_rows(site.home)
+    # It says from before anything was read: what came until then is in it.
+    assert egress["released"][-1]["stored_at"] < egress["written_at"] < time_text(datetime.now(UTC))
+    assert open_evidence(folder).taken == egress["written_at"]
     sent = {row["study"]: row["sha256"] for row in egress["released"]}
     assert sent[study().digest] == hashlib.sha256(b"update").hexdigest()
     charge = verified.state.charge_of(study().digest, 0)

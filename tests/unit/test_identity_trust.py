@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from issuing_samples import KEY, SIGNING, code_of
 
+from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import (
     Authority,
     EnrolmentKey,
@@ -148,6 +149,17 @@ def test_every_role_holds_from_its_first_to_its_last_second(role: Role, seconds:
         assert check_issued(certificate, FIRST.certificate, now=moment).role is role
         return
     assert code_of(check_issued, certificate, FIRST.certificate, now=moment) == expected
+
+
+def test_with_a_clock_set_back_the_clock_is_blamed_and_both_times_are_named() -> None:
+    certificate = issued(FIRST, Role.SITE)
+    moment = certificate.not_valid_before_utc - timedelta(minutes=40)
+    with pytest.raises(ConsiliumError) as caught:
+        check_issued(certificate, FIRST.certificate, now=moment)
+    assert caught.value.code == "identity.not-yet-valid"
+    assert "clock is probably behind" in caught.value.message
+    for time in (moment, certificate.not_valid_before_utc):
+        assert f"{time:%Y-%m-%d %H:%M:%S} UTC" in caught.value.message
 
 
 def test_no_certificate_outlives_its_authority_and_its_end_has_its_own_reason() -> None:

@@ -19,8 +19,9 @@ from consilium_client.store import StudyStore
 from consilium_client.store_tables import make_tables, transaction
 from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.store import Ledger
+from consilium_common.models.compression import check_encoded
 from consilium_common.models.exchange import CONTROL, kept_specs, sent_specs
-from consilium_common.models.weights import check_packed, pack, unpack
+from consilium_common.models.weights import pack, unpack
 from consilium_common.study import Study
 
 EXACT = "permit_non_private: true\nrelease_exact_metrics: true\n"
@@ -93,11 +94,13 @@ def test_what_the_link_lets_out_has_no_place_for_personal_layers(
     tmp_path: Path, strategy: str
 ) -> None:
     rounds = at_site(tmp_path, study_of(strategy, private=False))
-    update = rounds.train(0).blob
+    update = rounds.train(0)
     allowed = declared(rounds.study).tensors
-    check_packed(update, allowed)
+    check_encoded(rounds.study, allowed, update.file)
+    more = tmp_path / "more.safetensors"
+    more.write_bytes(pack({**unpack(update.blob), **kept_by(rounds)}))
     with pytest.raises(ConsiliumError, match=r"run\.bad-update"):
-        check_packed(pack({**unpack(update), **kept_by(rounds)}), allowed)
+        check_encoded(rounds.study, allowed, more)
 
 
 def test_a_round_that_died_before_it_was_stored_gives_the_same_bytes(

@@ -86,3 +86,8 @@ def test_a_public_start_must_be_the_one_that_the_study_names(tmp_path: Path) -> 
     with pytest.raises(ConsiliumError) as caught:
         write_start(study, out, public)
     assert caught.value.code == "study.start"
+    public.unlink()
+    with pytest.raises(ConsiliumError) as caught:
+        write_start(study, out, public)
+    assert (caught.value.code, caught.value.where) == ("study.start", str(public))
+    assert "--start" in caught.value.hint

@@ -259,6 +259,7 @@ def reconciled(
     *,
     receipts: Callable[[list[Receipt]], list[Receipt]] = lambda r: r,
     received: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    taken: str | None = None,
 ) -> Reconciliation:
     from consilium_common.audit.documents import read_records
 
@@ -266,6 +267,7 @@ def reconciled(
     site.leave(OPEN_STUDY.digest, "training", 0, "e" * 64)
     left = [dict(row) for row in site.received]
     received(site.received)
+    site.taken = taken
     folder = site.write_evidence(tmp_path / "evidence", (STUDY, OPEN_STUDY))
     lines = [one.line() for one in receipts(receipts_of(site, left))]
     (folder / "receipts.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
@@ -276,6 +278,7 @@ def reconciled(
         receipts=evidence.receipts,
         records=read_records(site.write_records(tmp_path / "records.json")),
         studies=evidence.studies,
+        taken=evidence.taken,
     )
 
 
@@ -337,6 +340,21 @@ def test_every_mismatch_is_named(
     found = reconciled(tmp_path, **change)
     assert codes <= {one.code for one in found.differences}
     assert bool(found.serious) is serious
+
+
+@pytest.mark.parametrize("came", ["2031-04-01T07:59:59.999+00:00", "2031-04-01T08:00:00.001+00:00"])
+def test_a_receipt_is_missed_where_the_evidence_was_taken_after_the_release_came(
+    tmp_path: Path, came: str
+) -> None:
+    def arrive(rows: list[dict[str, Any]]) -> None:
+        rows[-1]["time"] = came
+
+    taken = "2031-04-01T08:00:00.000000Z"
+    found = reconciled(tmp_path, receipts=lambda r: r[:-1], received=arrive, taken=taken)
+    late = dt.datetime.fromisoformat(came) > dt.datetime.fromisoformat(taken)
+    codes = [one.code for one in found.serious]
+    assert codes == ([] if late else ["received-without-receipt"])
+    assert [one.kind for one in found.not_compared] == (["received"] if late else [])
 
 
 def test_a_release_that_never_arrived_is_told_apart_by_its_receipt(tmp_path: Path) -> None:

@@ -112,6 +112,29 @@ def test_each_site_s_figures_stay_on_record(tmp_path: Path) -> None:
     assert row["dropped"] == {"south": south.why}
 
 
+def test_whose_updates_the_strategy_passed_over_is_on_record(tmp_path: Path) -> None:
+    strategy = {"name": "multi-krum", "hostile": 0, "kept": 2}
+    house = House(tmp_path, a_study(federation={"strategy": strategy, "quorum": 3, "rounds": 1}))
+
+    def far(site: str, kind: str, number: int) -> Any:
+        if (site, kind) != ("south", "train"):
+            return None
+        model = house.answers.models["train", 0]
+        names = sorted(house.answers.trained)
+        return house.answers.delivered(site, pack({n: model[n] - np.float32(9) for n in names}))
+
+    house.answers.instead = far
+    house.run()
+    parts = site_rounds(house.registry, house.study.digest)[0]
+    assert [(part.site, part.outcome, part.why) for part in parts] == [
+        ("east", "accepted", ""),
+        ("north", "accepted", ""),
+        ("south", "accepted", "not chosen by the study's strategy"),
+    ]
+    # It is no fault of the site: it was not dropped.
+    assert house.show()["rounds"][0]["dropped"] == {}
+
+
 def test_where_screening_leaves_the_strategy_too_few_updates_the_study_says_so(
     tmp_path: Path,
 ) -> None:

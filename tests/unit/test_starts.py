@@ -84,7 +84,7 @@ def test_it_arrives_whole_though_connections_break(
                 assert error.code == "network.failed"
         send_start(Wire(PublicStarts(folder)), CONTENT)  # type: ignore[arg-type]
     kept = PublicStarts(folder)
-    assert kept.read(SHA256) == CONTENT
+    assert kept.path(SHA256).read_bytes() == CONTENT
     assert [path.name for path in folder.iterdir()] == [f"{SHA256}.safetensors"]
     assert kept.path(SHA256).stat().st_mode & 0o077 == 0
 
@@ -127,13 +127,6 @@ def test_a_piece_of_another_form_is_refused(tmp_path: Path, bad: object) -> None
         PublicStarts(tmp_path).take(bad)
     assert caught.value.code == "study.start"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_one_that_is_not_here_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConsiliumError) as caught:
-        PublicStarts(tmp_path).read(SHA256)
-    assert caught.value.code == "study.start"
-    assert "--start" in caught.value.hint
 
 
 # --- services ----------------------------------------------------------------------------------

@@ -280,6 +280,24 @@ def test_the_geometric_median_has_the_least_sum_of_distances(tmp_path: Path) -> 
     assert all(total(found) <= total(z) for z in [*near, *rows, rows.mean(axis=0)])
 
 
+@pytest.mark.parametrize(("strategy", "kept"), [("krum", 1), ("multi-krum", 4)])
+def test_krum_names_whose_updates_it_passed_over(tmp_path: Path, strategy: str, kept: int) -> None:
+    rounds = Rounds(tmp_path, study_of({"name": strategy, "hostile": 1}))
+    sent = rounds.drifted(5)
+    sent[1] = rounds.drifted(1, seed=2, scale=50.0)[0]
+    combined = rounds.round(sent)
+    assert len(combined.kept) == 5
+    chosen = [site for site in combined.kept if site not in combined.passed_over]
+    assert len(chosen) == kept
+    assert "site-01" in combined.passed_over
+    # The model is made of the others alone.
+    rows = np.stack([vector(one) for one in sent])[[combined.kept.index(site) for site in chosen]]
+    weights = [combined.kept.index(site) + 1.0 for site in chosen]
+    np.testing.assert_allclose(
+        vector(rounds.tensors), np.average(rows, axis=0, weights=weights), rtol=1e-6, atol=1e-7
+    )
+
+
 @pytest.mark.parametrize("strategy", ["krum", "multi-krum"])
 def test_krum_with_too_few_sites_says_how_many_it_needs(tmp_path: Path, strategy: str) -> None:
     rounds = Rounds(tmp_path, study_of({"name": strategy, "hostile": 2}))

@@ -65,6 +65,22 @@ def test_a_model_is_offered_without_a_copy_and_the_last_three_stay(
     assert (tmp_path / "out").stat().st_mode & 0o077 == 0
 
 
+def test_a_model_whose_digest_is_known_is_offered_without_reading_it(
+    files: StudyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(BLOB)
+    known = reference(BLOB).sha256
+
+    def read(_: Path) -> Reference:
+        raise AssertionError("all of the model was read")
+
+    monkeypatch.setattr(Reference, "of", read)
+    assert files.offer(path, known) == reference(BLOB)
+    found = files.offered(known)
+    assert found is not None and found.samefile(path)
+
+
 def test_a_model_is_offered_as_it_is_though_a_crash_left_another_file_of_its_name(
     files: StudyFiles, tmp_path: Path
 ) -> None:

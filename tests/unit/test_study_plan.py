@@ -162,7 +162,7 @@ RICH = (
         "training:\n  augmentation: {copies: 3, flip: 0.5}\n",
     )
     .replace("delta:", "engine: vmap\n  clipping: {kind: adaptive}\n  delta:")
-    .replace("rounds: 4", "rounds: 4\n  averaging: 0.9")
+    .replace("rounds: 4", "rounds: 4\n  averaging: 0.9\n  sites_per_round: 3")
     + "evaluation: {release: private, epsilon: 1, every: 2, sufficient: 0.8}\n"
 )
 
@@ -184,6 +184,7 @@ def test_what_is_trained_released_and_paid_is_said_one_by_one(tmp_path: Path) ->
         "3 times for each image",
         "Gradient engine: vmap",
         "running average of the global models (decay 0.9)",
+        "Each round asks 3 sites, drawn at random",
         "After rounds 2, 4.",
         f"deviation {price.privacy.evaluation_noise / 2:.6g}",  # type: ignore[operator]
         "scores 0.8 or more ends the study",

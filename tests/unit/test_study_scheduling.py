@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 from scheduling_samples import House
 from state_samples import a_site, add_round, add_study, put
 
+from consilium_server import scheduler
 from consilium_server.lifecycle import (
     ask_pause,
     pause_if_asked,
 )
 from consilium_server.overview import queue_place, studies_overview
 from consilium_server.round_tables import ACCEPTED, ASKED, FAILED, LATE, RoundNow
-from consilium_server.scheduler import queue, waits_for
+from consilium_server.scheduler import Scheduler, queue, waits_for
 from consilium_server.standing import round_standing
 from consilium_server.tables import Progress, now
 
@@ -107,6 +109,51 @@ def test_a_run_that_flower_does_not_start_is_tried_again(house: House) -> None:
     house.due(digest)
     house.look()
     assert house.run(digest) == "101"
+
+
+@pytest.mark.parametrize("hours", [-3, 3])
+def test_the_pause_after_a_death_is_as_long_as_planned_whatever_the_clock_is_set_to(
+    house: House, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    class Clocks(datetime):
+        set_by, ticks = timedelta(), 1000.0
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) + cls.set_by
+
+    monkeypatch.setattr(scheduler, "datetime", Clocks)
+    monkeypatch.setattr(scheduler, "monotonic", lambda: Clocks.ticks)
+    digest = house.study("unlucky", "north", "south")
+    house.flower.broken = True
+    house.look()
+    house.flower.broken = False
+    house.look()  # waits now: half a second after the first death
+    Clocks.set_by = timedelta(hours=hours)
+    house.look()
+    assert house.flower.started == [], "not at once"
+    Clocks.ticks += 0.5
+    house.look()
+    assert house.flower.started == [digest], "and not hours later"
+
+
+def test_after_a_restart_with_the_clock_set_back_the_pause_is_at_most_the_planned_one(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = 1000.0
+    monkeypatch.setattr(scheduler, "monotonic", lambda: ticks)
+    digest = house.study("unlucky", "north", "south")
+    house.flower.broken = True
+    house.look()
+    house.flower.broken = False
+    with house.registry.transaction() as session:
+        session.merge(house.row(digest)).not_before = "2999-01-01T00:00:00+00:00"
+    anew = Scheduler(house.home, house.registry, house.flower, lambda: True)
+    asyncio.run(anew.look())
+    assert house.flower.started == []
+    ticks += 0.5
+    asyncio.run(anew.look())
+    assert house.flower.started == [digest]
 
 
 def test_an_aggregator_that_starts_anew_goes_on_with_what_ran(house: House) -> None:

@@ -61,6 +61,20 @@ def test_the_elements_of_a_compressed_file_are_read_as_they_are(tmp_path: Path) 
         np.testing.assert_array_equal(found, array)
 
 
+def test_an_array_that_is_there_is_filled_where_it_fits(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(pack({"a": np.arange(5, dtype=np.float32)}))
+    file = TensorFile(path)
+    out = np.full(4, -1, np.float32)
+    found = file.read("a", 2, 3, out=out)
+    assert np.shares_memory(found, out)
+    assert found.tolist() == [2, 3, 4]
+    assert out.tolist() == [2, 3, 4, -1]
+    for other in (np.empty(4), np.empty(2, np.float32)):
+        with pytest.raises(ValueError, match="3 elements of float32 do not fit"):
+            file.read("a", 2, 3, out=other)
+
+
 def test_what_is_not_a_file_of_ours_is_refused(tmp_path: Path) -> None:
     good = pack({"a": np.ones(3, np.float32), "b": np.zeros((2, 2), np.float32)})
     path = tmp_path / "file"

@@ -128,10 +128,10 @@ class TrainingSession:
         Raises
         ------
         ConsiliumError
-            ``run.bad-update`` for a model that is not this study's; ``run.round`` for a round
-            that the study does not have; ``run.diverged`` for a loss (without privacy) or a weight
-            that is not finite; ``privacy.truth`` when the mechanism that ran is not the one
-            charged.
+            ``run.bad-update`` for a model that is not this study's, or a control variate that no
+            honest training makes; ``run.round`` for a round that the study does not have;
+            ``run.diverged`` for a loss (without privacy) or a weight that is not finite;
+            ``privacy.truth`` when the mechanism that ran is not the one charged.
         """
         from consilium_client.training.mechanism import Mechanism
         from consilium_client.training.optimiser import RoundSteps
@@ -164,6 +164,9 @@ class TrainingSession:
 
     def require_model(self, weights: bytes, *, training: bool = False) -> None:
         """Raise ``run.bad-update`` for a model that is not exactly this study's.
+
+        Also for a control variate longer than
+        :func:`~consilium_client.training.control_bound.control_bound`.
 
         Parameters
         ----------
@@ -275,14 +278,18 @@ class TrainingSession:
     ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
         """Return the network's tensors and the strategy's extras of what the aggregator sent.
 
-        For training the extras must be there, exactly; otherwise they may be, and are not used.
+        For training the extras must be there, exactly, and be such as honest sites can make;
+        otherwise they may be, and are not used.
         """
+        from consilium_client.training.control_bound import require_honest_control
         from consilium_common.models.exchange import CONTROL
         from consilium_common.models.weights import check_tensors
 
         control = {name: tensor for name, tensor in weights.items() if name.startswith(CONTROL)}
         if training or control:
             check_tensors(control, self._extras, norm_bound=None)
+        if control:
+            require_honest_control(control, self.study, self._privacy)
         return {name: weights[name] for name in weights if name not in control}, control
 
     def _ready(self) -> Learner:

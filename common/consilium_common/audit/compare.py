@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from consilium_common.audit.documents import Records
+from consilium_common.audit.ends import Ends, Later, NotCompared
 from consilium_common.audit.evidence import Evidence
 from consilium_common.audit.ledger_report import Audited, audited
-from consilium_common.audit.reconcile import Difference, reconcile, witness_differences
+from consilium_common.audit.reconcile import Difference, reconcile
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.keys import public_fingerprint
 from consilium_common.ledger.witness import WitnessRecord
@@ -21,16 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both accounts by name, the site, and every difference."""
+    """Both accounts by name, the site, every difference, and what could not be compared."""
 
     a: str
     b: str
     site: str
     differences: tuple[Difference, ...]
+    not_compared: tuple[NotCompared, ...] = ()
 
     @property
     def same(self) -> bool:
-        """Whether both say the same."""
+        """Whether both say the same, as far as both can know."""
         return not self.differences
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,6 +43,7 @@ class Comparison:
             "site": self.site,
             "same": self.same,
             "differences": [one.to_dict() for one in self.differences],
+            "not_compared": [one.to_dict() for one in self.not_compared],
         }
 
     def print_to(self, console: Console) -> None:
@@ -48,8 +51,11 @@ class Comparison:
         console.print(f"A {self.a}\nB {self.b}\nsite {self.site}", markup=False)
         for one in self.differences:
             console.print(f"{'!' if one.serious else '·'} {one.message}", markup=False)
+        for left in self.not_compared:
+            console.print(f"– Not compared: {left.message}", markup=False)
         if self.same:
-            console.print("No difference.", style="bold green", markup=False)
+            words = "No difference in what was compared." if self.not_compared else "No difference."
+            console.print(words, style="bold green", markup=False)
             return
         serious = sum(one.serious for one in self.differences)
         console.print(
@@ -100,13 +106,25 @@ def compare_records(ledger: Evidence, records: Records) -> Comparison:
                 serious=True,
             )
         )
-    differences += witness_differences(found.hashes, records.witnessed)
-    differences += _attested(found.witnessed, records.witnessed, "the ledger", "the aggregator")
+    ends, later = Ends.of(found.state.latest, ledger.taken, ledger.receipts, records), Later()
+    held = [
+        one
+        for one in found.witnessed
+        if not later.holds("attestation", one.head, one.time, ends.records)
+    ]
+    differences += _attested(held, records.witnessed, "the ledger", "the aggregator")
     # The site's own list is compared in its report; here it is the ledger against the records.
-    differences += reconcile(
-        found.state, records=records, receipts=ledger.receipts, studies=ledger.studies
-    ).differences
-    return Comparison(ledger.where, records.path, site, tuple(differences))
+    reconciled = reconcile(
+        found.state,
+        records=records,
+        receipts=ledger.receipts,
+        studies=ledger.studies,
+        entries=found.entries,
+        taken=ledger.taken,
+    )
+    differences += reconciled.differences
+    left = (*later.set_aside(), *reconciled.not_compared)
+    return Comparison(ledger.where, records.path, site, tuple(differences), left)
 
 
 def check_consortium(evidence: Evidence, records: Records) -> None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
-from consilium_common.ledger.entries import Count, Purpose, Sha256
+from consilium_common.ledger.entries import Count, Purpose, Sha256, is_time
 from consilium_common.ledger.witness import MalformedRecordError, WitnessRecord
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ class Update(NamedTuple):
     purpose: str
     round: int
     sha256: str
+
+
+def _time(text: str) -> str:
+    if not is_time(text):
+        raise ValueError("not a UTC time of a ledger")
+    return text
 
 
 class Document(BaseModel):
@@ -74,6 +80,8 @@ class Egress(Document):
 
     schema_: Annotated[Literal["consilium/egress/v1"], Field(alias="schema")]
     site: Annotated[str, Field(min_length=1)]
+    #: When the site began to gather its evidence, by its clock; None before that was written.
+    written_at: Annotated[str, AfterValidator(_time)] | None = None
     released: list[Released]
 
 

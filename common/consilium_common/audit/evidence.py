@@ -75,6 +75,11 @@ class Evidence:
         """What the auditor named."""
         return str(self.folder or self.ledger)
 
+    @property
+    def taken(self) -> str | None:
+        """When the site says it began to gather it; None where it does not say."""
+        return None if self.egress is None else self.egress.written_at
+
 
 def open_evidence(
     path: Path,

@@ -125,11 +125,13 @@ class LedgerReport:
 
 @dataclass(frozen=True)
 class Audited:
-    """A ledger that verified: what it says, the hash of each entry, and what was attested."""
+    """A ledger that verified: what it says, each entry's hash and time, and what was attested."""
 
     state: LedgerState
     result: VerifyResult
     hashes: tuple[str, ...]
+    #: Time of each entry, as it says.
+    times: tuple[str, ...]
     witnessed: tuple[WitnessRecord, ...]
 
     @property
@@ -137,6 +139,11 @@ class Audited:
         """The last entry."""
         assert self.state.head is not None  # a verified ledger has a first entry
         return self.state.head
+
+    @property
+    def entries(self) -> tuple[tuple[str, str], ...]:
+        """Hash and time of every entry, in order."""
+        return tuple(zip(self.hashes, self.times, strict=True))
 
     @property
     def last(self) -> int:
@@ -177,10 +184,12 @@ def audited(evidence: Evidence, *, expected_head: Head | None = None) -> Audited
             "from this entry on: compare it with an earlier export.",
         )
     check_site(evidence, found.state.site)
+    entries = [Entry.parse(line) for line in lines if not is_witness_line(line)]
     return Audited(
         state=found.state,
         result=found,
-        hashes=tuple(Entry.parse(line).hash for line in lines if not is_witness_line(line)),
+        hashes=tuple(one.hash for one in entries),
+        times=tuple(one.time for one in entries),
         witnessed=tuple(WitnessRecord.parse(line) for line in lines if is_witness_line(line)),
     )
 

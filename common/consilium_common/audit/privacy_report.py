@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +21,7 @@ from consilium_common.audit.ledger_report import (
     audited,
     report_of,
 )
-from consilium_common.audit.reconcile import Reconciliation, reconcile, witness_differences
+from consilium_common.audit.reconcile import Reconciliation, reconcile
 from consilium_common.audit.studies import AuditedStudy, audited_study
 from consilium_common.errors import ConsiliumError
 from consilium_common.ledger.spend import Spend, spend, worst
@@ -140,6 +140,7 @@ class AuditReport:
         lines.append(
             f"Egress: {plural(len(found.differences), 'difference')}, {len(found.serious)} serious."
         )
+        lines += [f"Not compared: {one.message}" for one in found.not_compared]
         return "\n".join([*lines, f"Wrote {out}."])
 
 
@@ -216,17 +217,15 @@ def _reconciled(evidence: Evidence, found: Audited, records: Records | None) -> 
                 where=records.path,
                 hint="Ask the aggregator for the records of this site.",
             )
-    result = reconcile(
+    return reconcile(
         found.state,
         egress=evidence.egress,
         receipts=evidence.receipts,
         records=records,
         studies=evidence.studies,
+        entries=found.entries,
+        taken=evidence.taken,
     )
-    if records is None:
-        return result
-    heads = witness_differences(found.hashes, records.witnessed)
-    return replace(result, differences=(*heads, *result.differences))
 
 
 def _timeline(state: LedgerState, delta: float) -> tuple[tuple[datetime, float], ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from consilium_common.audit.documents import Egress, Records, Update
+from consilium_common.audit.ends import Ends, Later, NotCompared
 from consilium_common.audit.receipts import Receipt
 from consilium_common.ledger.state import LedgerState
 from consilium_common.ledger.witness import WitnessRecord
@@ -51,6 +52,8 @@ class Reconciliation:
     without_privacy: int
     bytes_out: int | None
     differences: tuple[Difference, ...]
+    #: What dates after the end of the account that lacks it.
+    not_compared: tuple[NotCompared, ...] = ()
 
     @property
     def serious(self) -> tuple[Difference, ...]:
@@ -59,15 +62,23 @@ class Reconciliation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return {**self.__dict__, "differences": [one.to_dict() for one in self.differences]}
+        return {
+            **self.__dict__,
+            "differences": [one.to_dict() for one in self.differences],
+            "not_compared": [one.to_dict() for one in self.not_compared],
+        }
 
 
 def released_updates(state: LedgerState) -> set[Update]:
     """Return everything that the ledger released."""
+    return set(_release_times(state))
+
+
+def _release_times(state: LedgerState) -> dict[Update, str]:
     return {
-        Update(charge.study, charge.purpose, charge.round_index, charge.update)
+        Update(charge.study, charge.purpose, charge.round_index, charge.update): charge.fate.time
         for charge in state.charges.values()
-        if charge.update is not None
+        if charge.update is not None and charge.fate is not None
     }
 
 
@@ -78,8 +89,13 @@ def reconcile(
     receipts: Sequence[Receipt] | None = None,
     records: Records | None = None,
     studies: Mapping[str, Study] | None = None,
+    entries: Sequence[tuple[str, str]] = (),
+    taken: str | None = None,
 ) -> Reconciliation:
     """Compare a verified ledger's releases with what was stored to leave and what arrived.
+
+    Evidence and records are taken at two moments. What dates after the end of the account that
+    lacks it is not compared but named; whatever that account could have held is compared.
 
     Parameters
     ----------
@@ -91,7 +107,13 @@ def reconcile(
         The site's egress receipts, their chain checked.
     studies : mapping, optional
         Documents by digest: one without privacy needs no entry in the ledger.
+    entries : sequence of (str, str), optional
+        Hash and time of every entry of the ledger, in order: with records they are held against
+        the heads that the aggregator attested.
+    taken : str, optional
+        When the evidence says it was taken; without it the ledger is held to all of the records.
     """
+    ends, later = Ends.of(state.latest, taken, receipts, records), Later()
     open_studies = {
         digest for digest, study in (studies or {}).items() if study.privacy.mode == "none"
     }
@@ -104,7 +126,13 @@ def reconcile(
     if receipts is not None:
         uncovered |= {one for one in receipted or () if one.study in open_studies}
         differences += receipt_differences(
-            state, receipts, egress=egress, records=records, open_studies=open_studies
+            state,
+            receipts,
+            egress=egress,
+            records=records,
+            open_studies=open_studies,
+            ends=ends,
+            later=later,
         )
     if egress is not None:
         stored = {one.update for one in egress.released}
@@ -127,8 +155,12 @@ def reconcile(
             for one in sorted(released - stored)
         ]
     if records is not None:
-        received = {one.update for one in records.received}
+        if entries:
+            differences[:0] = _witness_differences(entries, records.witnessed, ends, later)
+        times = {one.update: one.time for one in reversed(records.received)}  # the earliest
+        received = set(times)
         uncovered |= {one for one in received if one.study in open_studies}
+        decided = {one[:3] for one in released}
         differences += [
             Difference(
                 "received-without-release",
@@ -136,8 +168,16 @@ def reconcile(
                 serious=True,
             )
             for one in sorted(received - released - uncovered)
+            # A round that is released stays so: other bytes for it differ whenever they came.
+            if one[:3] in decided or not later.holds("received", one, times[one], ends.ledger)
         ]
-        differences += [_not_received(one, receipted) for one in sorted(released - received)]
+        answered = {one[:3] for one in received}
+        left = _release_times(state)
+        differences += [
+            _not_received(one, receipted)
+            for one in sorted(released - received)
+            if one[:3] in answered or not later.holds("released", one, left[one], ends.records)
+        ]
     return Reconciliation(
         released=len(released),
         stored=None if stored is None else len(stored),
@@ -146,6 +186,7 @@ def reconcile(
         without_privacy=len(uncovered),
         bytes_out=_bytes_out(egress, receipts),
         differences=tuple(differences),
+        not_compared=later.set_aside(),
     )
 
 
@@ -156,6 +197,8 @@ def receipt_differences(
     egress: Egress | None,
     records: Records | None,
     open_studies: Collection[str],
+    ends: Ends,
+    later: Later,
 ) -> list[Difference]:
     """Compare egress receipts with the ledger, the site's store and the aggregator's records.
 
@@ -163,6 +206,8 @@ def receipt_differences(
     ----------
     open_studies : collection of str
         Digests of studies without privacy, as far as their documents are at hand.
+    ends, later
+        When each account ends; what dates after that is gathered, and is no difference.
     """
     found = [
         Difference("receipt-without-charge", f"{_receipt(one)} {problem}.", serious=True)
@@ -191,6 +236,8 @@ def receipt_differences(
     for came in records.received:
         arrived.add(came.update)
         receipt = by_round.get(came.update[:3])
+        if receipt is None and later.holds("received", came.update, came.time, ends.receipts):
+            continue
         if receipt is None:
             early = not began or came.time < began
             words = "before its first receipt" if early else "and the site has no receipt of it"
@@ -221,6 +268,7 @@ def receipt_differences(
         )
         for one in receipts
         if one.release.update not in arrived | released
+        and not later.holds("released", one.release.update, one.time, ends.records)
     ]
     return found
 
@@ -267,24 +315,29 @@ def _receipt(receipt: Receipt) -> str:
     return f"Receipt {receipt.sequence}, of {_named(receipt.release.update)},"
 
 
-def witness_differences(
-    hashes: Sequence[str], witnessed: Iterable[WitnessRecord]
+def _witness_differences(
+    entries: Sequence[tuple[str, str]],
+    witnessed: Iterable[WitnessRecord],
+    ends: Ends,
+    later: Later,
 ) -> list[Difference]:
     """Compare the heads that the aggregator attested with a ledger's entries.
 
     Parameters
     ----------
-    hashes : sequence of str
-        Hash of every entry of the ledger, in order.
+    entries : sequence of (str, str)
+        Hash and time of every entry of the ledger, in order.
     witnessed : iterable of WitnessRecord
         Attested heads, their signatures checked.
     """
     found: list[Difference] = []
-    last, newest = len(hashes) - 1, -1
+    last, newest = len(entries) - 1, -1
     for record in sorted(witnessed, key=lambda one: one.head.sequence):
         sequence, hash_ = record.head.sequence, record.head.hash
         newest = max(newest, sequence)
         if sequence > last:
+            if later.holds("attested", sequence, record.time, ends.ledger):
+                continue
             found.append(
                 Difference(
                     "entry-cut-off",
@@ -293,21 +346,27 @@ def witness_differences(
                     serious=True,
                 )
             )
-        elif hashes[sequence] != hash_:
+        elif entries[sequence][0] != hash_:
             found.append(
                 Difference(
                     "entry-rewritten",
-                    f"Entry {sequence} is {hashes[sequence][:12]} in the ledger, and the "
+                    f"Entry {sequence} is {entries[sequence][0][:12]} in the ledger, and the "
                     f"aggregator saw {hash_[:12]}: history was rewritten.",
                     serious=True,
                 )
             )
-    if newest < last:
-        entries = f"entry {last}" if newest + 1 == last else f"entries {newest + 1} to {last}"
+    unattested = [
+        sequence
+        for sequence in range(newest + 1, last + 1)
+        if not later.holds("unattested", sequence, entries[sequence][1], ends.records)
+    ]
+    if unattested:
+        first, last = unattested[0], unattested[-1]
+        which = f"entry {last}" if first == last else f"entries {first} to {last}"
         found.append(
             Difference(
                 "not-witnessed",
-                f"The aggregator has not attested {entries} of the ledger.",
+                f"The aggregator has not attested {which} of the ledger.",
                 serious=False,
             )
         )

@@ -23,6 +23,7 @@ from consilium_common.identity.keys import PublicKey, public_fingerprint
 #: aggregator can move without new certificates. No other role is ever issued it.
 SERVER_NAME = "aggregator.consilium.internal"
 
+_TO_THE_SECOND: Final = "%Y-%m-%d %H:%M:%S"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _URN = re.compile(r"urn:consilium:([0-9a-f]{16}):([a-z]+):([a-z0-9-]+)")
 
@@ -231,12 +232,27 @@ def judge(
             hint="Ask the aggregator operator for a new invitation and join again.",
         )
     if now < certified.not_before:
-        raise ConsiliumError(
-            "identity.not-yet-valid",
-            f"The certificate of {certified.name!r} is valid from {certified.not_before:%c} UTC.",
-            hint="Check this machine's clock.",
-        )
+        whose = f"the certificate of {certified.name!r}"
+        raise clock_behind("identity.not-yet-valid", whose, certified.not_before, now)
     return certified
+
+
+def clock_behind(
+    code: str, whose: str, begins: datetime, now: datetime, *, where: str = ""
+) -> ConsiliumError:
+    """Return the error about a certificate that begins later than the clock says it is now.
+
+    Certificates begin some minutes before they are made, so what is wrong is mostly a clock that
+    was set back, and not the certificate.
+    """
+    return ConsiliumError(
+        code,
+        f"This computer's clock is probably behind: it says {now:{_TO_THE_SECOND}} UTC, and {whose}"
+        f" is valid from {begins:{_TO_THE_SECOND}} UTC.",
+        where=where,
+        hint="Set this computer's clock, best by NTP. If it is right, the aggregator's clock was"
+        " ahead: tell the aggregator operator.",
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -57,8 +57,16 @@ class TensorFile:
             raise _bad(path, "is not, byte for byte, of the form that the study declares")
         self._offsets = _offsets(self.specs, len(header))
 
-    def read(self, name: str, start: int = 0, count: int | None = None) -> Array:
+    def read(
+        self, name: str, start: int = 0, count: int | None = None, *, out: Array | None = None
+    ) -> Array:
         """Return ``count`` elements of a tensor from ``start`` in C order, in one dimension.
+
+        Parameters
+        ----------
+        out : ndarray, optional
+            What to fill and return the front of: one-dimensional, of the tensor's dtype, at least
+            so long (default: a new array).
 
         Raises
         ------
@@ -68,11 +76,16 @@ class TensorFile:
         spec, offset = self._offsets[name]
         count = spec.size - start if count is None else count
         dtype = _stored(spec).newbyteorder("<")
+        if out is None:
+            out = np.empty(count, dtype)
+        elif out.dtype != dtype or out.size < count:
+            raise ValueError(f"{count} elements of {dtype} do not fit what is to be filled")
+        found = out[:count]
         try:
-            found = np.fromfile(self.path, dtype, count, offset=offset + start * dtype.itemsize)
+            whole = _fill(self.path, found, offset + start * dtype.itemsize)
         except OSError as error:
             raise _bad(self.path, f"cannot be read: {error.strerror or error}") from error
-        if found.size != count:
+        if not whole:
             raise _bad(self.path, "ended while it was read")
         return found
 
@@ -157,6 +170,21 @@ def _offsets(specs: tuple[TensorSpec, ...], start: int) -> dict[str, tuple[Tenso
         found[spec.name] = (spec, start)
         start += spec.nbytes
     return found
+
+
+def _fill(path: Path, values: Array, position: int) -> bool:
+    """Fill an array with a file's bytes from ``position``; return whether there were so many."""
+    rest = values.view(np.uint8).data
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while rest:
+            done = os.preadv(descriptor, [rest], position)
+            if done == 0:
+                return False
+            position, rest = position + done, rest[done:]
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _header(stream: BinaryIO) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,8 +27,6 @@ _DTYPES: Final[dict[str, tuple[int, str]]] = {
 
 #: Largest safetensors header in bytes; a network of a thousand tensors has about 120 kB.
 MAX_HEADER: Final = 4 * 1024 * 1024
-#: Elements looked at in one go.
-_PIECE: Final = 4 * 1024 * 1024
 
 Array = npt.NDArray[Any]
 
@@ -130,25 +128,6 @@ def packed_size(specs: Iterable[TensorSpec]) -> int:
     """Return the exact length of :func:`pack` for tensors of these specs, without making them."""
     specs = tuple(specs)
     return len(packed_header(specs)) + sum(spec.nbytes for spec in specs)
-
-
-def check_packed(blob: bytes, specs: Sequence[TensorSpec]) -> None:
-    """Refuse bytes that are not exactly what :func:`pack` writes for tensors of these specs.
-
-    Raises
-    ------
-    ConsiliumError
-        ``run.bad-update``: another header (names, shapes, dtypes, order, gaps, padding, text),
-        another length, or a value that is not finite (a NaN has room for 22 bits of anything).
-    """
-    header = packed_header(specs)
-    if blob[: len(header)] != header or len(blob) != packed_size(specs):
-        raise _bad("The update is not, byte for byte, of the form that the study declares.")
-    elements = np.frombuffer(blob, dtype="<f4", offset=len(header))
-    # In pieces: a mask of all elements would be a quarter of the model once more.
-    for start in range(0, len(elements), _PIECE):
-        if not np.isfinite(elements[start : start + _PIECE]).all():
-            raise _bad("The update has a value that is not finite (NaN or infinity).")
 
 
 def unpack(blob: bytes) -> dict[str, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,10 +56,15 @@ class Difference:
 
 
 def differences(old: Study, new: Study) -> list[Difference]:
-    """Return every value that differs, in the order of the keys; empty when they are one."""
-    before, after = _flat(old.to_canonical(), ()), _flat(new.to_canonical(), ())
+    """Return every value that differs, in the order of the keys; empty when they are one.
+
+    Every default is written out, also those that the canonical form leaves out.
+    """
+    before, after = (_flat(one.model_dump(mode="json", by_alias=True), ()) for one in (old, new))
     found = []
     for key in [*before, *(key for key in after if key not in before)]:
+        if _opened(key, before, after) or _opened(key, after, before):
+            continue  # a part that one of them has: its keys tell
         was, is_ = before.get(key, _ABSENT), after.get(key, _ABSENT)
         if was != is_ or type(was) is not type(is_):
             found.append(Difference(key, _plain(was), _plain(is_)))
@@ -106,6 +111,11 @@ def _epsilon(value: float | None, cost: Cost) -> str:
 
 
 _ABSENT: Final = object()
+
+
+def _opened(key: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a key is none in one study and a part of several keys in the other."""
+    return one.get(key, _ABSENT) is None and any(name.startswith(f"{key}.") for name in other)
 
 
 def _flat(value: Any, path: tuple[str, ...]) -> dict[str, Any]:

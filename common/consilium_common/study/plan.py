@@ -11,12 +11,12 @@ from consilium_common.study.cost import Cost, cost
 from consilium_common.study.covariates import in_words
 from consilium_common.study.document import printable
 from consilium_common.study.federation import Compression
+from consilium_common.study.federation_words import federation_sentences
 from consilium_common.study.schema import Study
 from consilium_common.study.statistics import tables
 from consilium_common.study.strategy_words import rounds_sentence, strategy_sentences
 from consilium_common.study.words import (
     count_of,
-    duration_of,
     number_of,
     size_in_words,
     sizes_of,
@@ -182,14 +182,7 @@ def _training(study: Study) -> Iterable[str]:
             f"The running average of the global models (decay {number_of(federation.averaging)}) "
             "is evaluated and kept."
         )
-    weights = {
-        "uniform": "all sites weigh alike",
-        "cohort": "sites weigh by the cohort size they declared publicly",
-    }[federation.weighting]
-    yield (
-        f"A round needs {count_of(federation.quorum, 'site')} and waits at most "
-        f"{duration_of(federation.longest_seconds)}; {weights}."
-    )
+    yield from federation_sentences(study)
     yield (
         "Precision: "
         + {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from consilium_common.study.schema import Study
-from consilium_common.study.strategies import Ditto, FedBN, FedProx, FedRep, Scaffold
+from consilium_common.study.strategies import Cyclic, Ditto, FedBN, FedProx, FedRep, Scaffold
 from consilium_common.study.words import count_of, number_of
 
 
@@ -48,5 +48,7 @@ def strategy_sentences(study: Study) -> Iterator[str]:
                     "The personal model sees patients without noise: no figure of it leaves, and "
                     "who is given it is given what it remembers."
                 )
+        case Cyclic():
+            yield "The model goes from site to site, one a round, those asked least first."
         case _:
             return

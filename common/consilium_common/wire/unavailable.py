@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
@@ -19,6 +20,7 @@ from consilium_common.errors import ConsiliumError, printable
 from consilium_common.identity.certificates import (
     SERVER_NAME,
     Role,
+    clock_behind,
     describe,
 )
 from consilium_common.identity.trust import Trust, load_bundle
@@ -217,15 +219,15 @@ def wrong_party(address: str, proxy: Proxy | None, verify_code: int) -> Consiliu
             hint="Check the address. If your network opens and inspects TLS, ask the network"
             " department to exempt this address: mutual TLS cannot be inspected.",
         )
-    if verify_code in (_NOT_YET_VALID, _EXPIRED):
-        when = (
-            f"expired on {shown.not_valid_after_utc:%Y-%m-%d}"
-            if verify_code == _EXPIRED
-            else f"is valid from {shown.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
-        )
+    if verify_code == _NOT_YET_VALID:
+        begins, whose = shown.not_valid_before_utc, "the aggregator's certificate"
+        code = "identity.aggregator-expired"
+        return clock_behind(code, whose, begins, datetime.now(UTC), where=address)
+    if verify_code == _EXPIRED:
         return ConsiliumError(
             "identity.aggregator-expired",
-            f"By this machine's clock the aggregator's certificate {when}.",
+            "By this machine's clock the aggregator's certificate expired on"
+            f" {shown.not_valid_after_utc:%Y-%m-%d}.",
             where=address,
             hint="Check this machine's clock; if it is right, tell the aggregator operator.",
         )

@@ -37,6 +37,9 @@ class Combined:
     ----------
     kept : tuple of str
         Sites whose update passed and took part; a robust strategy may still give it no weight.
+    passed_over : tuple of str
+        Those of them whose update is not in the model, as the strategy took others (Krum,
+        Multi-Krum); they are under no suspicion.
     left_out : dict of str to str
         The other sites, each with the reason.
     norms : dict of str to float
@@ -48,6 +51,7 @@ class Combined:
     """
 
     kept: tuple[str, ...]
+    passed_over: tuple[str, ...]
     left_out: dict[str, str]
     norms: dict[str, float]
     cosines: dict[str, float]
@@ -109,8 +113,15 @@ def aggregate(
     rule = rule_of(study.federation)
     told = Told(settings, round_index, sites if sites is not None else len(updates))
     averaged = frozenset() if rule.chooses else exchanged(study).statistics
-    kept_state = _combine(screened, rule, told, state, averaged, out=out, out_state=out_state)
-    return Combined(screened.sites, left_out, norms, found, out_state if kept_state else None)
+    taken = rule.select(screened, told) if rule.select else screened.sites
+    passed_over = tuple(site for site in screened.sites if site not in taken)
+    kept_state = _combine(
+        *(screened.without(passed_over), rule, told, state, averaged),
+        out=out,
+        out_state=out_state,
+    )
+    kept = out_state if kept_state else None
+    return Combined(screened.sites, passed_over, left_out, norms, found, kept)
 
 
 def offered(study: Study, model: Path, state: Path | None, out: Path) -> Path:

@@ -11,25 +11,26 @@ import numpy as np
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.study.strategies import Krum, MultiKrum
+from consilium_server.aggregation import fedavg
 from consilium_server.aggregation.distances import squared_distances
-from consilium_server.aggregation.rules import Rule, Step, Told, mean
-from consilium_server.aggregation.updates import Block, Updates, Values
+from consilium_server.aggregation.rules import Rule, Told
+from consilium_server.aggregation.updates import Updates
 
 
-def begin_krum(updates: Updates, told: Told) -> Step:
-    """Return the step that takes the one model of least score."""
-    return _mean_of(updates, _ranked(updates, told.settings)[:1])
+def select_krum(updates: Updates, told: Told) -> tuple[str, ...]:
+    """Return the site of the one model of least score."""
+    return _ranked(updates, told.settings)[:1]
 
 
-def begin_multi_krum(updates: Updates, told: Told) -> Step:
-    """Return the step that takes the weighted mean of the ``kept`` models of least score."""
+def select_multi_krum(updates: Updates, told: Told) -> tuple[str, ...]:
+    """Return the sites of the ``kept`` models of least score; their weighted mean is taken."""
     settings: MultiKrum = told.settings
     kept = len(updates) - settings.hostile if settings.kept is None else settings.kept
-    return _mean_of(updates, _ranked(updates, settings)[:kept])
+    return _ranked(updates, settings)[:kept]
 
 
-def _ranked(updates: Updates, settings: Krum | MultiKrum) -> list[int]:
-    """Return the updates from the least score to the largest; of equal ones the first by name."""
+def _ranked(updates: Updates, settings: Krum | MultiKrum) -> tuple[str, ...]:
+    """Return the sites from the least score to the largest; of equal ones the first by name."""
     hostile = settings.hostile
     if len(updates) < settings.needed:
         raise ConsiliumError(
@@ -40,19 +41,9 @@ def _ranked(updates: Updates, settings: Krum | MultiKrum) -> list[int]:
             hint="See why the others were left out, or propose the study with fewer hostile sites.",
         )
     nearest = np.sort(squared_distances(updates), axis=1)[:, 1 : len(updates) - hostile - 1]
-    ranked: list[int] = np.argsort(nearest.sum(axis=1), kind="stable").tolist()
-    return ranked
+    ranked = np.argsort(nearest.sum(axis=1), kind="stable")
+    return tuple(updates.sites[index] for index in ranked)
 
 
-def _mean_of(updates: Updates, chosen: list[int]) -> Step:
-    # By name again, not by score: then the sum has the order of any other mean.
-    chosen = sorted(chosen)
-
-    def step(block: Block) -> tuple[Values, tuple[Values, ...]]:
-        return mean(block.updates[chosen], updates.weights[chosen]), ()
-
-    return step
-
-
-KRUM = Rule(begin_krum, chooses=True)
-MULTI_KRUM = Rule(begin_multi_krum, chooses=True)
+KRUM = Rule(fedavg.begin, chooses=True, select=select_krum)
+MULTI_KRUM = Rule(fedavg.begin, chooses=True, select=select_multi_krum)

@@ -13,6 +13,8 @@ from consilium_server.aggregation.updates import Block, Updates, Values
 
 #: Makes a block of the new model, and what the strategy keeps of it until the next round.
 Step = Callable[[Block], tuple[Values, tuple[Values, ...]]]
+#: Names the sites whose updates are taken.
+Select = Callable[[Updates, "Told"], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,16 @@ class Rule:
     chooses : bool
         Whether it chooses among the sites' values rather than moving along their mean change. Only
         then is it right for the running statistics of batch norm; otherwise they are averaged.
+    select : callable or None
+        Names the sites whose updates the model is made of, where the strategy takes whole ones and
+        leaves the others; ``begin`` gets those alone. None: all of them.
     """
 
     begin: Callable[[Updates, Told], Step]
     state: tuple[str, ...] = ()
     extra: str = ""
     chooses: bool = False
+    select: Select | None = None
 
 
 def mean(values: Values, weights: Values) -> Values:

@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilium_common.errors import ConsiliumError
-from consilium_common.models.tensor_files import TensorFile
+from consilium_common.models.tensor_files import PIECE, TensorFile
 from consilium_common.models.weights import TensorSpec
 from consilium_common.study import Study
 from consilium_server.networks import exchanged
 
 Values = NDArray[np.float64]
 
-#: Elements of all updates together that are held at a time: 8 MB of float64.
-_BLOCK: Final = 1024 * 1024
+#: Elements of all updates together that are held at a time: 4 MB of float64.
+_BLOCK: Final = 512 * 1024
 #: Elements of one update that are read in one go: fewer would be all system calls.
 _LEAST, _MOST = 8 * 1024, 128 * 1024
 
@@ -102,15 +102,21 @@ def check_update(study: Study, path: Path, model: Path) -> float:
     start = open_model(study, model)
     update = TensorFile(path, what.sent)
     squares = []
+    # Filled again and again: new memory for each piece would cost as much as the arithmetic.
+    longest = min(PIECE, max((spec.size for spec in what.sent), default=0))
+    sent, before = np.empty(longest, "<f4"), np.empty(longest, "<f4")
+    squared = np.empty(longest)
     for spec in what.sent:
         of_model = spec in what.shared
-        for position, values in update.pieces(spec):
-            # The difference in float32: it is not exact where it is not small, and need not be.
-            with np.errstate(over="ignore", invalid="ignore"):
-                change = (
-                    values - start.read(spec.name, position, values.size) if of_model else values
-                )
-            wide = change.astype(np.float64)
+        for position in range(0, spec.size, PIECE):
+            count = min(PIECE, spec.size - position)
+            change = update.read(spec.name, position, count, out=sent)
+            if of_model:
+                # In float32: the difference is not exact where it is not small, and need not be.
+                with np.errstate(over="ignore", invalid="ignore"):
+                    change -= start.read(spec.name, position, count, out=before)
+            wide = squared[:count]
+            np.copyto(wide, change)
             # One look at the sum finds a NaN or an infinity anywhere: squares of float32 are far
             # from the end of float64.
             square = float(np.square(wide, out=wide).sum())
@@ -232,12 +238,13 @@ class Updates:
         """
         # The number of sites decides and never the machine, so that sums have one order.
         length = min(max(_BLOCK // len(self), _LEAST), _MOST)
+        read = np.empty(min(length, spec.size), "<f4")
         for start in range(0, spec.size, length):
             count = min(length, spec.size - start)
             model = self.model.read(spec.name, start, count).astype(np.float64)
             updates = np.empty((len(self), count))
             for row, one in zip(updates, self.opened, strict=True):
-                row[:] = one.file.read(spec.name, start, count)
+                row[:] = one.file.read(spec.name, start, count, out=read)
                 if one.base is not None or one.scale != 1.0:
                     base = one.base.read(spec.name, start, count) if one.base else model
                     row[:] = model + one.scale * (row - base)
@@ -245,7 +252,9 @@ class Updates:
             if extra:
                 extras = np.empty((len(self), count))
                 for row, one in zip(extras, self.opened, strict=True):
-                    row[:] = one.scale * one.file.read(extra + spec.name, start, count)
+                    row[:] = one.file.read(extra + spec.name, start, count, out=read)
+                    if one.scale != 1.0:
+                        np.multiply(row, one.scale, out=row)
             kept = tuple(
                 np.zeros(count)
                 if file is None

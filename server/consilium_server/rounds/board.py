@@ -18,6 +18,7 @@ from consilium_server.round_tables import (
     FAILED,
     LATE,
     LEFT_OUT,
+    PASSED_OVER,
     RoundNow,
     SiteRound,
 )
@@ -83,6 +84,10 @@ class Board:
     def left_out(self, site: str, why: str) -> None:
         """Note that a site's update was taken and yet is not in the model."""
         self._set(site, LEFT_OUT, why)
+
+    def passed_over(self, site: str) -> None:
+        """Note that a site's update was good and the strategy took others."""
+        self._set(site, ACCEPTED, PASSED_OVER)
 
     def cosine(self, site: str, cosine: float) -> None:
         """Note how a site's change lies to the median of all."""

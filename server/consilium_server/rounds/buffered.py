@@ -95,7 +95,7 @@ class Buffered:
                 *(taken.began for taken in self._taken.values()),
             )
         )
-        self._model = files.offer(checkpoint.model)
+        self._model = files.offer(checkpoint.model, checkpoint.sha256_of(checkpoint.model))
         offered = files.offered(self._model.sha256)
         assert offered is not None  # a moment ago
         self._began = Began(number, self._model.sha256, offered)

@@ -57,6 +57,11 @@ def conclude(
     )
     for site, cosine in combined.cosines.items():
         board.cosine(site, cosine)
+    for site in combined.passed_over:
+        board.passed_over(site)
+    if combined.passed_over:
+        chosen = [site for site in combined.kept if site not in combined.passed_over]
+        _log.info("the strategy chose the updates of %s", ", ".join(chosen))
     for site, why in combined.left_out.items():
         board.left_out(site, why)
         _log.warning("left out the update of %s: %s", site, why)

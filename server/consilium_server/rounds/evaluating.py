@@ -42,7 +42,7 @@ def evaluate(run: Run, checkpoint: Checkpoint) -> EvaluationRow:
     # Noise of a released sum; computed before a site is asked, so that it can be shown.
     noise = released_noise(run)
     fewest = study.federation.quorum if done == 0 and noise is not None else 0
-    model = asking.files.offer(checkpoint.result)
+    model = asking.files.offer(checkpoint.result, checkpoint.sha256_of(checkpoint.result))
     back_off = BackOff()
     figures: dict[str, dict[str, float]] = {}
     accepted: set[str] = set()

@@ -65,9 +65,10 @@ class _Round:
         self._deadline = Deadline(run.study.federation, seconds, time.monotonic())
         self._board = Board(run.registry, run.digest, self._number, "training", seconds)
         self._patience = self._board.patience(run)
-        self._model = self._asking.files.offer(
-            offered(run.study, checkpoint.model, checkpoint.state, run.work / "offered.safetensors")
+        model = offered(
+            run.study, checkpoint.model, checkpoint.state, run.work / "offered.safetensors"
         )
+        self._model = self._asking.files.offer(model, checkpoint.sha256_of(model))
         self._taken: dict[str, Taken] = {}
         #: Fewest updates: the quorum, or more where the strategy turns out to need more.
         self._fewest = run.study.federation.quorum

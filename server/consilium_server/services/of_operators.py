@@ -12,10 +12,11 @@ from consilium_common.wire import methods
 from consilium_common.wire.statements import check_signed, proposal_statement
 from consilium_server.gateway import Service
 from consilium_server.issuing import Issuer
-from consilium_server.overview import studies_overview, study_overview
+from consilium_server.overview import studies_overview, study_overview, study_page
+from consilium_server.overview_pages import first_page
 from consilium_server.peers import Peer
 from consilium_server.registry import Registry
-from consilium_server.services.fields import text
+from consilium_server.services.fields import number, text
 from consilium_server.spending import SpendMeter
 from consilium_server.starts import PublicStarts
 from consilium_server.states import State, change, note
@@ -101,9 +102,12 @@ class OperatorServices:
         return {"studies": await asyncio.to_thread(studies_overview, self.registry)}
 
     async def show(self, peer: Peer, request: dict[str, Any]) -> Any:
-        """Return all that is known of one study."""
+        """Return all that is known of one study; of its lists a page, with ``list`` another."""
         row = self.registry.study(text(request, "digest"))
-        return await asyncio.to_thread(study_overview, self.registry, row, self.meter)
+        if "list" in request:
+            page = text(request, "list"), number(request, "from")
+            return {"rows": await asyncio.to_thread(study_page, self.registry, row, *page)}
+        return first_page(await asyncio.to_thread(study_overview, self.registry, row, self.meter))
 
     def _sites(self, names: object) -> list[str] | None:
         """Return the sites a study is proposed to: members all of them, or None for all."""
