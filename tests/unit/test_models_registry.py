@@ -226,6 +226,10 @@ def test_monais_resnet_keeps_no_batch_norm() -> None:
     assert kinds == [nn.GroupNorm] * 20
 
 
+def normalising(study: Study) -> Study:
+    return study.model_copy(update={"model": study.model.model_copy(update={"normalise": True})})
+
+
 @pytest.mark.parametrize("units", [0, 1, 2])
 def test_unet_normalises_no_logits(units: int) -> None:
     arguments = {"channels": [4, 8], "num_res_units": units, "act": "relu"}
@@ -269,6 +273,7 @@ def test_unet_normalises_no_logits(units: int) -> None:
         (study_of("unet", size=[32, 36]), "take [32, 32] or [32, 40]"),
         (study_of("unet", size=[64, 64], patch=[20, 64]), "`training.patch` [20, 64] is not"),
         (study_of("unet", size=[8, 8]), "one voxel at the deepest level"),
+        (normalising(study_of("unet", size=[8, 8])), "one voxel at the deepest level"),
         (study_of("densenet121", kind="classification", size=[28, 64]), "too small"),
     ],
 )

@@ -169,7 +169,9 @@ def _size_problems(study: Study, arguments: NetworkArguments) -> Iterator[Proble
         return
     # torch refuses to normalise a single value.
     alone = [one for one in levels if all(n == 1 for n in arguments.size_at(one, size))]
-    if alone and not (arguments.norm == "group" or study.model.normalise):
+    # `normalise` replaces batch norm alone.
+    grouped = arguments.norm == "group" or (arguments.norm == "batch" and study.model.normalise)
+    if alone and not grouped:
         text = f"`{key}` {size} leaves one voxel at the deepest level, which has no statistics"
         yield Problem(path, f"{text}; take twice the size, or `model.arguments.norm: group`")
         return
