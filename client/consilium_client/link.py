@@ -47,6 +47,7 @@ from consilium_common.wire.methods import (
     FLEET_CALL_BY_PATH,
     HTTP_STATUS_KEY,
     PROTOBUF_MEDIA_TYPE,
+    PULLED_KEY,
     SITE_HELLO,
     SITE_PROGRESS,
     fleet_method,
@@ -101,6 +102,8 @@ class Link:
         self._ahead: set[asyncio.Task[None]] = set()
         self._say = say
         self._session = secrets.token_hex(8)
+        #: Receipt of the messages that came last.
+        self._pulled = ""
         self._connection = Connection(identity)
         self._transfers = Transfers(home, self._connection)
         self._heard = heard
@@ -266,11 +269,15 @@ class Link:
 
     async def _call(self, call: str, body: bytes) -> tuple[int, bytes]:
         # Headers are ours too: nothing of the SuperNode's is repeated.
+        headers = node_headers(self._key, self._clock_ahead)
+        if call == "PullMessages":
+            headers.append((PULLED_KEY, f"{self._session}.{self._pulled}"))
         invoke = self._connection.unary(fleet_method(call))(
-            body, metadata=node_headers(self._key, self._clock_ahead), timeout=_CALL_SECONDS
+            body, metadata=headers, timeout=_CALL_SECONDS
         )
         content: bytes = await invoke
         trailing = dict(await invoke.trailing_metadata() or ())
+        self._pulled = str(trailing.get(PULLED_KEY, self._pulled))
         return int(trailing.get(HTTP_STATUS_KEY, 200)), content
 
     async def _failed(self, error: Any) -> int:

@@ -1,27 +1,37 @@
 """Forwards Fleet calls to the SuperLink on loopback: raw bytes, one call's worth of memory.
 
 PullMessages is held open until there is a message, so that an idle SuperNode never sleeps while a
-round waits for it.
+round waits for it. What was handed out to a line that is dead is handed out again.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import ssl
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import httpx
 
 from consilium_common.errors import ConsiliumError
-from consilium_common.wire.methods import FLEET_HEADER_PREFIX, FLEET_PATHS, PROTOBUF_MEDIA_TYPE
+from consilium_common.wire.methods import (
+    FLEET_HEADER_PREFIX,
+    FLEET_PATHS,
+    PROTOBUF_MEDIA_TYPE,
+    PULLED_KEY,
+)
 from consilium_server.arrivals import ArrivalCounts
 from consilium_server.flower_private import has_message, objects_to_push, pushed_object
 from consilium_server.kicks import Kicks
 
 #: Shorter than the 30 s after which a SuperNode gives a call up.
 HOLD_SECONDS: Final = 24.0
+#: How long messages that nobody heard of are handed out again.
+_AGAIN_SECONDS: Final = 60.0
 #: How long a revoked site's held call may outlive the revocation.
 _ADMIT_SECONDS: Final = 1.0
 
@@ -51,6 +61,26 @@ class Arrivals:
             self._counts.add(node_id)
 
 
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull brought.
+
+    Attributes
+    ----------
+    status : int
+        The SuperLink's HTTP status.
+    receipt : str
+        Of the messages in ``content``; empty where there are none.
+    again : bool
+        Whether they were handed out before.
+    """
+
+    status: int
+    content: bytes
+    receipt: str = ""
+    again: bool = False
+
+
 class FleetForwarder:
     """The gateway's hop to the SuperLink.
 
@@ -74,6 +104,9 @@ class FleetForwarder:
             trust_env=False,
         )
         self._kicks = kicks
+        #: The last messages that were handed out to a node, to which session, and when.
+        self._handed: dict[str, tuple[str, Pulled, float]] = {}
+        self._asking: set[asyncio.Task[Pulled]] = set()
 
     async def forward(self, call: str, body: bytes, headers: Headers) -> tuple[int, bytes]:
         """Return the SuperLink's HTTP status and body for one call.
@@ -101,22 +134,51 @@ class FleetForwarder:
 
     async def pull(
         self, node: str, body: bytes, headers: Headers, still_admitted: Callable[[], object]
-    ) -> tuple[int, bytes]:
+    ) -> Pulled:
         """Forward PullMessages, and again whenever messages may have come, until one has.
 
         ``still_admitted`` raises when the caller was revoked meanwhile.
         """
         end = time.monotonic() + HOLD_SECONDS
+        session, _, shown = dict(headers).get(PULLED_KEY, "").partition(".")
         while True:
             seen = self._kicks.seen(node)
-            status, content = await self.forward("PullMessages", body, headers)
-            if status != httpx.codes.OK or has_message(content):
-                return status, content
+            if lost := self._lost(node, session, shown):
+                return lost
+            asking = asyncio.create_task(self._pull_once(node, session, body, headers))
+            self._asking.add(asking)
+            asking.add_done_callback(self._asking.discard)
+            # A line that breaks now ends this call, and not what the SuperLink is handing out.
+            found = await asyncio.shield(asking)
+            if found.status != httpx.codes.OK or found.receipt:
+                return found
             while self._kicks.seen(node) == seen:
                 if time.monotonic() > end:
-                    return status, content
+                    return found
                 await self._kicks.wait(node, seen, _ADMIT_SECONDS)
                 still_admitted()
+                # A call of a line that is dead may be held still, and take what has just come.
+                if lost := self._lost(node, session, shown):
+                    return lost
+
+    async def _pull_once(self, node: str, session: str, body: bytes, headers: Headers) -> Pulled:
+        status, content = await self.forward("PullMessages", body, headers)
+        if status != httpx.codes.OK or not has_message(content):
+            return Pulled(status, content)
+        found = Pulled(status, content, hashlib.sha256(content).hexdigest())
+        self._handed[node] = session, found, time.monotonic()
+        return found
+
+    def _lost(self, node: str, session: str, shown: str) -> Pulled | None:
+        """Return what was handed out to a session that did not hear it.
+
+        A new session, and a site that was away for longer, are asked anew by the rounds themselves.
+        A caller that names no session shows no receipts, and gets nothing twice.
+        """
+        before, handed, at = self._handed.get(node, ("", None, 0.0))
+        if handed is None or not session or session != before or shown == handed.receipt:
+            return None
+        return replace(handed, again=True) if time.monotonic() - at < _AGAIN_SECONDS else None
 
     async def close(self) -> None:
         """Close the connections."""

@@ -26,6 +26,7 @@ from consilium_common.wire.methods import (
     FLEET_PATHS,
     FLEET_ROLES,
     HTTP_STATUS_KEY,
+    PULLED_KEY,
     SERVICE_ROLES,
     STREAM_ROLES,
     fleet_method,
@@ -34,7 +35,6 @@ from consilium_common.wire.tls13 import grpc
 from consilium_server.fleet import Arrivals, FleetForwarder
 from consilium_server.flower_private import (
     claimed_node,
-    has_message,
     node_key_bytes,
     public_key_header,
 )
@@ -247,9 +247,14 @@ class Gateway:
             raise _at_the_door(error) from error
         node = str(peer.member.node_id) if peer.member is not None else ""
         if call == "PullMessages":
-            status, content = await self._fleet.pull(
+            pulled = await self._fleet.pull(
                 node, body, headers, lambda: self._admit(context, FLEET_ROLES, method)
             )
+            if pulled.receipt:
+                if not pulled.again:
+                    self._allowances.message(node)
+                return pulled.content, ((PULLED_KEY, pulled.receipt),)
+            status, content = pulled.status, pulled.content
         elif call in ("PushObject", "PushMessages"):
             self._allowances.charge(node, len(body))
             status, content = await self._fleet.forward(call, body, headers)
@@ -257,8 +262,6 @@ class Gateway:
             status, content = await self._fleet.forward(call, body, headers)
         if status != 200:
             return content, ((HTTP_STATUS_KEY, str(status)),)
-        if call == "PullMessages" and has_message(content):
-            self._allowances.message(node)
         self._arrivals.note(node, call, body, content)
         return content, ()
 

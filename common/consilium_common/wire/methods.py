@@ -127,6 +127,10 @@ PROTOBUF_MEDIA_TYPE: Final = "application/protobuf"
 FLEET_HEADER_PREFIX: Final = "flwr-"
 #: Trailing metadata of a Fleet call: the SuperLink's HTTP status, when it is not 200.
 HTTP_STATUS_KEY: Final = "consilium-http-status"
+#: With messages that were pulled comes a receipt; the next pull shows it, behind the session that
+#: it was given in. A pull that does not is answered with the same messages again: they were lost on
+#: the way, and Flower hands out a message once.
+PULLED_KEY: Final = "consilium-pulled"
 #: Trailing metadata of our own calls: the error as JSON.
 ERROR_KEY: Final = "consilium-error-bin"
 
