@@ -38,7 +38,8 @@ from consilium_server.tables import Member
 
 LARGE = os.urandom(5 * MIB + 123)
 #: More than what is on its way at a time, in windows and buffers.
-HUGE = LARGE * 6
+#: More than the buffers of a line and of gRPC hold together: it can be broken in the midst.
+HUGE = LARGE * 10
 
 
 @pytest.fixture
