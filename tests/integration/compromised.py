@@ -40,7 +40,7 @@ from consilium_common.study import Study
 from consilium_common.wire.messages import Instructions, Reference, to_site, update_of
 from consilium_common.wire.methods import CHUNK_BYTES, SITE_DELIVER, SITE_FETCH, SITE_WITNESS
 from consilium_server.acts import Acts
-from consilium_server.fleet import Arrivals
+from consilium_server.fleet import Arrivals, Pulled
 from consilium_server.gateway import Gateway
 from consilium_server.home import ServerHome
 from consilium_server.issuing import load_issuer
@@ -113,13 +113,11 @@ class Compromised(SuperLink):
     async def forward(self, call: str, body: bytes, headers: Any) -> tuple[int, bytes]:
         return 200, self._answer(call, body, dict(headers))
 
-    async def pull(
-        self, node: str, body: bytes, headers: Any, admit: Callable[[], Any]
-    ) -> tuple[int, bytes]:
+    async def pull(self, node: str, body: bytes, headers: Any, admit: Callable[[], Any]) -> Pulled:
         end = time.monotonic() + 10
         while not self.waiting and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        return await self.forward("PullMessages", body, headers)
+        return Pulled(*await self.forward("PullMessages", body, headers))
 
     def _answer(self, call: str, body: bytes, metadata: dict[str, str]) -> bytes:
         said = super()._answer(call, body, metadata)
