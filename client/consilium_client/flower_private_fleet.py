@@ -297,6 +297,14 @@ def renamed(response: bytes, ours: str, theirs: str) -> bytes:
     return body
 
 
+def object_stored() -> bytes:
+    """Return the answer to a PushObject call that the object is there."""
+    from flwr.proto.message_pb2 import PushObjectResponse
+
+    body: bytes = PushObjectResponse(stored=True).SerializeToString()
+    return body
+
+
 def push_object(node_id: int, run_id: int, session: str, object_id: str, content: bytes) -> bytes:
     """Return the body of a PushObject call."""
     from flwr.proto.message_pb2 import PushObjectRequest

@@ -28,6 +28,7 @@ from consilium_client.flower_private_fleet import (
     deactivate_request,
     node_headers,
     node_key,
+    object_stored,
     read_request,
     refusal,
 )
@@ -247,9 +248,11 @@ class Link:
     async def _push_object(self, body: bytes) -> tuple[int, bytes]:
         sending, name, made = await asyncio.to_thread(self._sendings.object, body)
         status, content = await self._forward("PushObject", made)
-        if status == 200:
-            await asyncio.to_thread(self._sendings.stored, sending, name)
-        return status, content
+        if status != 200:
+            sending.tried.add(name)
+            return status, content
+        await asyncio.to_thread(self._sendings.stored, sending, name)
+        return status, object_stored() if name in sending.tried else content
 
     async def _forward(self, call: str, body: bytes) -> tuple[int, bytes]:
         fault_point(f"link.before.{call}")

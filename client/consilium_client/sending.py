@@ -36,6 +36,9 @@ class Sending:
     theirs: str  #: the message's id at the SuperNode
     wanted: frozenset[str]
     missing: set[str]
+    #: Objects whose sending failed once. They may have come all the same, and then the aggregator
+    #: takes them no second time: the SuperNode would give up the whole reply for that.
+    tried: set[str] = field(default_factory=set)
 
     def name(self, object_id: str) -> str:
         """Return our name of an object that the SuperNode names."""

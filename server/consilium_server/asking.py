@@ -273,7 +273,10 @@ class Asking:
             arrivals = self._arrivals.of(str(sent.site.node_id))
             if arrivals == sent.arrivals or sent not in self._under_way:
                 continue
+            whole = self._arrivals.since(str(sent.site.node_id), sent.arrivals)
             sent.arrivals = arrivals
+            if sent.message_id not in whole:
+                continue
             reply = next(iter(self._grid.pull_messages([sent.message_id])), None)
             if reply is not None:
                 self._under_way.remove(sent)

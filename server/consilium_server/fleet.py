@@ -25,7 +25,7 @@ from consilium_common.wire.methods import (
     PULLED_KEY,
 )
 from consilium_server.arrivals import ArrivalCounts
-from consilium_server.flower_private import has_message, objects_to_push, pushed_object
+from consilium_server.flower_private import has_message, objects_to_push, pushed_object, replied_to
 from consilium_server.kicks import Kicks
 
 #: Shorter than the 30 s after which a SuperNode gives a call up.
@@ -42,23 +42,26 @@ class Arrivals:
     """Tells the round loop that a reply is there, so that it need not ask the SuperLink.
 
     A reply is announced with the ids of its objects, which then come one by one; when the last one
-    has come, one more reply of the node is counted in ``folder``.
+    has come, the message that it replies to is noted in ``folder``.
     """
 
     def __init__(self, folder: Path) -> None:
         self._counts = ArrivalCounts(folder)
-        self._missing: dict[str, set[str]] = {}
+        #: Of each node the message that it replies to, and what is missing of the reply.
+        self._missing: dict[str, tuple[str, set[str]]] = {}
 
     def note(self, node_id: str, call: str, body: bytes, response: bytes) -> None:
         """Take in a Fleet call that the SuperLink has answered well."""
         if call == "PushMessages":
-            self._missing[node_id] = set(objects_to_push(response))
-        elif call == "PushObject":
-            self._missing.get(node_id, set()).discard(pushed_object(body))
-        else:
+            self._missing[node_id] = replied_to(body), set(objects_to_push(response))
+        elif call != "PushObject" or node_id not in self._missing:
             return
-        if not self._missing.get(node_id):
-            self._counts.add(node_id)
+        message, missing = self._missing[node_id]
+        if call == "PushObject":
+            missing.discard(pushed_object(body))
+        if not missing:
+            del self._missing[node_id]
+            self._counts.add(node_id, message)
 
 
 @dataclass(frozen=True)

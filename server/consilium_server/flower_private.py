@@ -152,6 +152,15 @@ def objects_to_push(response: bytes) -> list[str]:
     return list(PushMessagesResponse.FromString(response).objects_to_push)
 
 
+def replied_to(body: bytes) -> str:
+    """Return the id of the message that a PushMessages request replies to."""
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
+
+    messages = PushMessagesRequest.FromString(body).messages_list
+    # Whoever names none, or writes a list of his own here, is waited for in vain.
+    return "".join(messages[0].metadata.reply_to_message_id.split()) if messages else ""
+
+
 def pushed_object(body: bytes) -> str:
     """Return the id of the object in a PushObject request."""
     from flwr.proto.message_pb2 import PushObjectRequest

@@ -32,7 +32,7 @@ from consilium_common.wire.methods import (
     fleet_method,
 )
 from consilium_common.wire.tls13 import grpc
-from consilium_server.fleet import Arrivals, FleetForwarder
+from consilium_server.fleet import Arrivals, FleetForwarder, Headers
 from consilium_server.flower_private import (
     claimed_node,
     node_key_bytes,
@@ -93,6 +93,7 @@ class Gateway:
         self._door = door
         self._fleet = fleet
         self._arrivals = arrivals
+        self._passing: set[asyncio.Task[tuple[int, bytes]]] = set()
         self._services = dict(services)
         self._streams = dict(streams)
         self._limits = limits or Limits()
@@ -255,15 +256,28 @@ class Gateway:
                     self._allowances.message(node)
                 return pulled.content, ((PULLED_KEY, pulled.receipt),)
             status, content = pulled.status, pulled.content
-        elif call in ("PushObject", "PushMessages"):
-            self._allowances.charge(node, len(body))
-            status, content = await self._fleet.forward(call, body, headers)
         else:
-            status, content = await self._fleet.forward(call, body, headers)
-        if status != 200:
-            return content, ((HTTP_STATUS_KEY, str(status)),)
-        self._arrivals.note(node, call, body, content)
-        return content, ()
+            if call in ("PushObject", "PushMessages"):
+                self._allowances.charge(node, len(body))
+            passing = asyncio.create_task(self._pass_on(node, call, body, headers))
+            self._passing.add(passing)
+            passing.add_done_callback(self._passed_on)
+            # When the line breaks now, what the SuperLink takes is noted all the same.
+            status, content = await asyncio.shield(passing)
+        return content, () if status == 200 else ((HTTP_STATUS_KEY, str(status)),)
+
+    async def _pass_on(
+        self, node: str, call: str, body: bytes, headers: Headers
+    ) -> tuple[int, bytes]:
+        status, content = await self._fleet.forward(call, body, headers)
+        if status == 200:
+            self._arrivals.note(node, call, body, content)
+        return status, content
+
+    def _passed_on(self, passing: asyncio.Task[tuple[int, bytes]]) -> None:
+        self._passing.discard(passing)
+        if not passing.cancelled():
+            passing.exception()  # whoever asked hears it, where the line still stands
 
     def _admit(
         self, context: grpc.aio.ServicerContext, roles: frozenset[Role], method: str

@@ -296,7 +296,7 @@ class Wire:
             raise _failed(site, reply.error.reason)
         if reply.metadata.message_type == "train":
             self._deliver(site, update_of(reply.content))
-        self._arrivals.add(str(reply.metadata.src_node_id))
+        self._arrivals.add(str(reply.metadata.src_node_id), str(reply.metadata.reply_to_message_id))
 
     def _deliver(self, site: str, update: Reference) -> None:
         sent = self._updates / update.sha256

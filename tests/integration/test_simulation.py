@@ -37,8 +37,18 @@ def simulate(study: dict[str, Any], sites: Path, folder: Path, *, together: int 
     return Answer(done.returncode, json.loads(done.stdout), done.stderr)
 
 
+@pytest.fixture
+def homes(federation: Federation, tmp_path: Path) -> Path:
+    """A folder with the homes of the three hospitals: other tests add sites of their own."""
+    folder = tmp_path / "homes"
+    folder.mkdir()
+    for name in NAMES:
+        (folder / name).symlink_to(federation.sites[name].home, target_is_directory=True)
+    return folder
+
+
 def test_a_simulated_study_ends_in_the_networks_model_bit_for_bit(
-    federation: Federation, tmp_path: Path
+    federation: Federation, homes: Path, tmp_path: Path
 ) -> None:
     # What rounds at random and keeps what it lost: whatever differs anywhere would show.
     compression = {"encoding": "int8", "level": 1}
@@ -48,7 +58,7 @@ def test_a_simulated_study_ends_in_the_networks_model_bit_for_bit(
     assert found["state"] == "finished"
     assert all(row["sites"] == sorted(NAMES) for row in found["rounds"])
     model = federation.home / "studies" / found["digest"][:16] / "model.safetensors"
-    simulated = simulate(study, federation.folder, tmp_path, together=2).data
+    simulated = simulate(study, homes, tmp_path, together=2).data
     assert simulated["digest"] == found["digest"]
     assert simulated["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     assert Path(simulated["model"]).read_bytes() == model.read_bytes()
@@ -60,13 +70,13 @@ def test_a_simulated_study_ends_in_the_networks_model_bit_for_bit(
 
 
 def test_a_simulation_spends_nothing_of_the_sites_whose_data_it_uses(
-    federation: Federation, tmp_path: Path
+    federation: Federation, homes: Path, tmp_path: Path
 ) -> None:
-    homes = {name: federation.sites[name].home for name in NAMES}
+    folders = {name: federation.sites[name].home for name in NAMES}
     before = {name: federation.sites[name]("budget").data["spend"] for name in NAMES}
     decided = {name: federation.sites[name]("studies").data for name in NAMES}
     study = small_study("spent-nowhere", **PRIVATE, federation={"rounds": 1})
-    done = simulate(study, federation.folder, tmp_path).data
+    done = simulate(study, homes, tmp_path).data
     assert done["state"] == "finished"
     assert all(done["epsilon"][name] > 0.1 for name in NAMES)
     for name in NAMES:
@@ -74,7 +84,7 @@ def test_a_simulation_spends_nothing_of_the_sites_whose_data_it_uses(
         assert federation.sites[name]("studies").data == decided[name]
         own = tmp_path / "out" / "sites" / name
         assert (own / "ledger.db").is_file()
-        assert (own / "data").resolve() == (homes[name] / "data").resolve()
+        assert (own / "data").resolve() == (folders[name] / "data").resolve()
         spent = consilium("site", "budget", "--home", own).data["spend"]["studies"]
         assert [row["study"] for row in spent] == [done["digest"]]
 

@@ -166,7 +166,8 @@ class SitesGrid:
             reason = canonical_json(error.to_dict()).decode()
             reply = Message(Error(code=1, reason=reason), reply_to=message)
         self._replies[message.metadata.message_id] = reply
-        ArrivalCounts(self._home.arrived).add(str(message.metadata.dst_node_id))
+        arrivals = ArrivalCounts(self._home.arrived)
+        arrivals.add(str(message.metadata.dst_node_id), message.metadata.message_id)
 
 
 class House:

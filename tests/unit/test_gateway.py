@@ -545,13 +545,19 @@ def test_a_port_that_is_taken_is_one_clear_error(house: House) -> None:
 
 
 def test_a_reply_has_arrived_when_its_last_object_has(tmp_path: Path) -> None:
-    from flwr.proto.fleet_pb2 import PushMessagesResponse
-    from flwr.proto.message_pb2 import PushObjectRequest
+    from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
+    from flwr.proto.message_pb2 import Message, Metadata, PushObjectRequest
+
+    def reply(to: str) -> bytes:
+        message = Message(metadata=Metadata(reply_to_message_id=to))
+        return bytes(PushMessagesRequest(messages_list=[message]).SerializeToString())
 
     arrivals = Arrivals(tmp_path)
     there = tmp_path / str(NODE)
     announced = PushMessagesResponse(objects_to_push=["a", "b"]).SerializeToString()
-    arrivals.note(str(NODE), "PushMessages", b"", announced)
+    # One that came in part, and another in its place.
+    arrivals.note(str(NODE), "PushMessages", reply("lost"), announced)
+    arrivals.note(str(NODE), "PushMessages", reply("first"), announced)
     assert not there.exists()
     for name in ("a", "a", "c"):
         body = PushObjectRequest(object_id=name).SerializeToString()
@@ -562,8 +568,8 @@ def test_a_reply_has_arrived_when_its_last_object_has(tmp_path: Path) -> None:
     arrivals.note(
         str(NODE), "PushObject", PushObjectRequest(object_id="b").SerializeToString(), b""
     )
-    assert there.exists()
+    assert there.read_text() == "first\n"
     # One with nothing to send is there at once.
-    there.unlink()
-    arrivals.note(str(NODE), "PushMessages", b"", PushMessagesResponse().SerializeToString())
-    assert there.exists()
+    nothing = PushMessagesResponse().SerializeToString()
+    arrivals.note(str(NODE), "PushMessages", reply("second\nforged"), nothing)
+    assert there.read_text() == "first\nsecondforged\n"

@@ -214,9 +214,11 @@ def test_arrivals_are_counted_whatever_the_clock_says(
     assert [row["sites"] for row in house.show()["rounds"]] == [list(SITES)] * 3
     counts = ArrivalCounts(house.home.arrived)
     before = counts.of("1")
-    counts.add("1")
-    counts.add("1")  # in the same tick of any clock
-    assert counts.of("1") == before + 2
+    counts.add("1", "a")
+    between = counts.of("1")
+    counts.add("1", "b")  # in the same tick of any clock
+    assert before < between < counts.of("1")
+    assert (counts.since("1", before), counts.since("1", between)) == ({"a", "b"}, {"b"})
 
 
 def test_a_site_that_went_away_and_is_back_before_the_round_is_over_takes_part(
