@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import random
 import signal
 import socket
 import sys
@@ -22,6 +23,8 @@ _PR_SET_PDEATHSIG: Final = 1
 #: A child that lived this long is healthy: its next restart waits the shortest time again.
 _HEALTHY_SECONDS: Final = 20.0
 _LONGEST_BACK_OFF: Final = 15.0
+#: Below the ports for outgoing connections of every system, and above the well-known ones.
+_PORTS: Final = range(20_000, 32_000)
 
 
 def die_with_parent() -> None:
@@ -101,11 +104,21 @@ def flower_environment(flower_home: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a TCP port of 127.0.0.1 that nobody listens on now.
+
+    It is none of those that the system gives to outgoing connections (RFC 6056): one of these
+    could take it before whoever asked listens there.
+    """
+    for port in (*random.SystemRandom().sample(_PORTS, 50), 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise ConsiliumError(
+        "state.port-in-use",
+        "No port is free.",
+        where="127.0.0.1",
+        hint="Stop programs that hold thousands of connections open.",
+    )
 
 
 def check_port_free(host: str, port: int) -> None:

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from warm_commands import run_warm
 from consilium_common.demo.hospitals import NAMES, write_hospitals
 from consilium_common.errors import WARNINGS_ONLY
 from consilium_common.models.kept import CACHE_VARIABLE
-from consilium_common.processes import die_with_parent
+from consilium_common.processes import die_with_parent, free_port
 
 T = TypeVar("T")
 
@@ -106,13 +105,6 @@ def wait_for(
             return found
         assert time.monotonic() < end, f"waited {timeout:.0f} s in vain for {what}"
         time.sleep(pause)
-
-
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Running:

@@ -16,7 +16,7 @@ from typing import Any
 import pydicom
 import pytest
 from data_fixtures import REAL
-from federation import CONSILIUM, Answer, consilium, environment, free_port, wait_for
+from federation import CONSILIUM, Answer, consilium, environment, wait_for
 from orthanc import OUR_TITLE, PASSWORD, TITLE, USER, Orthanc, needs_orthanc
 from pacs_fixtures import series_files
 
@@ -29,6 +29,7 @@ from consilium_client.data.pacs.filters import Filters, Selection, find
 from consilium_client.data.pacs.pull import Pulled, pull
 from consilium_client.data.pacs.retry import BackOff
 from consilium_common.errors import ConsiliumError
+from consilium_common.processes import free_port
 
 pytestmark = needs_orthanc
 

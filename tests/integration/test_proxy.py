@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import Answer, Federation, Site, add_hospitals, free_port, small_study, wait_for
+from federation import Answer, Federation, Site, add_hospitals, small_study, wait_for
 
 from consilium_common.demo.hospitals import NAMES
 from consilium_common.errors import ConsiliumError
-from consilium_common.processes import die_with_parent
+from consilium_common.processes import die_with_parent, free_port
 from consilium_common.wire.proxy import Proxy, open_socket
 
 _PROGRAM = shutil.which("tinyproxy") or "/usr/bin/tinyproxy"

@@ -17,9 +17,10 @@ import numpy as np
 import pydicom
 import pytest
 import yaml
-from federation import PRIVATE, Answer, Federation, consilium, free_port, small_study
+from federation import PRIVATE, Answer, Federation, consilium, small_study
 
 from consilium_common.demo.hospitals import NAMES
+from consilium_common.processes import free_port
 
 
 def assert_clear(answer: Answer, code: str, status: int) -> None:
