@@ -155,7 +155,7 @@ def test_a_message_is_on_its_way_until_its_reply_and_its_file_are_here(
     for site, node in (("east", 11), ("west", 22)):
         (arrived,) = (home.study_folder(study.digest) / "in" / site).glob("?" * 64)
         assert arrived.read_bytes() == site.encode() * 1000
-        assert ArrivalCounts(home.arrived).of(str(node)) == 1
+        assert len(ArrivalCounts(home.arrived).since(str(node), 0)) == 1
     assert len(list(wire.pull_messages(pushed))) == 2
     assert list(wire.pull_messages(pushed)) == []
 
