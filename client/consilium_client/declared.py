@@ -26,7 +26,7 @@ from consilium_common.study import Study
 #: Importing torch from a slow disk takes a while; nothing takes this long.
 _SECONDS: Final = 300.0
 #: Studies come in bunches: at a site's start, and when several are approved.
-_IDLE_SECONDS: Final = 20.0
+_IDLE_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True)

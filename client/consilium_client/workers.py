@@ -20,8 +20,7 @@ _log = logging.getLogger(__name__)
 
 #: Imported once, before any fork: a study's worker starts in tenths of a second.
 _WARM_MODULES: Final = [
-    "torch",
-    "monai.networks.nets",
+    "consilium_common.models.networks",
     "monai.losses",
     "monai.inferers",
     "consilium_client.worker",

@@ -30,7 +30,11 @@ from consilium_server.reserve import Reserve
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS: Final = 0.2
-_WARM_MODULES: Final = ["torch", "monai.networks.nets", "flwr.serverapp", "consilium_server.app"]
+_WARM_MODULES: Final = [
+    "consilium_common.models.networks",
+    "flwr.serverapp",
+    "consilium_server.app",
+]
 #: Looks this often whether a run is still wanted.
 _WANTED_SECONDS: Final = 1.0
 #: A run is named in the registry a moment after it has begun, and takes its leave of Flower a

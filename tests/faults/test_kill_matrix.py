@@ -36,6 +36,13 @@ SITE = ("link and supervisor", "SuperNode", "site executor", "training process",
 #: What :func:`processes` calls them, in the same order; the host is all of them.
 KINDS = ("main", "flower", "executor", "forked")
 ROLES = dict(zip(AGGREGATOR, KINDS, strict=False)) | dict(zip(SITE, KINDS, strict=False))
+#: What the study's log says of a death that interrupted it.
+WHYS = {
+    "gateway and supervisor": "the aggregator was started anew",
+    "ServerApp": "the process of its rounds died",
+    "server executor": "the executor of its rounds was started anew",
+    "SuperLink": "the SuperLink was started anew",
+}
 MOMENTS = ("models leave", "sites train", "updates arrive")
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(5400 if FULL else 900)]
@@ -159,7 +166,8 @@ CASES = [
 @pytest.mark.parametrize(("side", "what", "moment"), CASES)
 def test_a_study_goes_on_by_itself_after(scene: Scene, side: str, what: str, moment: str) -> None:
     scene.await_moment(moment)
-    before = len(scene.rounds())
+    earlier = scene.rounds()
+    before = len(earlier)
     began = time.monotonic()
     restart = kill(scene, side, what)
     restart()
@@ -168,6 +176,7 @@ def test_a_study_goes_on_by_itself_after(scene: Scene, side: str, what: str, mom
     found = scene.rounds()
     # No round is lost, none is done twice: their numbers go on without a gap.
     assert [done.number for done in found] == list(range(len(found)))
+    assert found[:before] == earlier
     alone = [done for done in found[before:] if VICTIM not in done.sites]
     if what == "training process":
         assert alone == []  # it is replaced within its round
@@ -175,6 +184,9 @@ def test_a_study_goes_on_by_itself_after(scene: Scene, side: str, what: str, mom
     elif side == "site" and moment == "sites train" and alone:
         # Its death costs the round nothing but its weight, and the round says whose that was.
         assert any(VICTIM in done.dropped for done in alone)
+    if what in WHYS:
+        history = scene.federation.study("log", scene.digest).data["history"]
+        assert any(WHYS[what] in row["why"] for row in history), history
     shown = scene.federation.show(scene.digest)
     assert shown["state"] == "running", shown["reason"]
     assert shown["alarms"] == []

@@ -1,9 +1,8 @@
-"""Starting, stopping and killing: nothing is left behind, and no finished round is lost."""
+"""Starting, stopping and pausing: nothing is left behind, and no finished round is lost."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 from pathlib import Path
@@ -80,37 +79,15 @@ def test_an_operator_stops_pauses_and_resumes_a_study_between_two_rounds_or_at_o
 def test_a_study_goes_on_by_itself_when_the_aggregator_is_started_again(
     federation: Federation,
 ) -> None:
-    digest = _begun(federation, "outlives", rounds=12)
+    # Killed, and process by process: tests/faults/test_kill_matrix.py.
+    digest = _begun(federation, "outlives", rounds=8)
     before = _with_rounds(federation, digest, 1)
     # Ctrl-C: the aggregator and all that it has started are gone.
     assert federation.running is not None
     federation.running.interrupt(timeout=10)
     assert "Traceback" not in federation.running.output
     federation.start()
-    before = _goes_on(federation, digest, before)
-    # Killed, with all that it has started, at an arbitrary moment.
-    federation.kill()
-    federation.start()
     _finishes(federation, digest, before, "the aggregator was started anew")
-
-
-def test_a_study_goes_on_by_itself_when_a_process_of_the_aggregator_is_killed(
-    federation: Federation,
-) -> None:
-    digest = _begun(federation, "robust", rounds=14)
-    before = _with_rounds(federation, digest, 1)
-    for find in (_server_app, _executor, _superlink):
-        (pid,) = find(federation)
-        os.kill(pid, signal.SIGKILL)
-        before = _goes_on(federation, digest, before)
-    _finishes(
-        federation,
-        digest,
-        before,
-        "the process of its rounds died",
-        "the executor of its rounds was started anew",
-        "the SuperLink was started anew",
-    )
 
 
 def test_a_study_that_waits_for_its_sites_holds_up_no_other(federation: Federation) -> None:
@@ -247,30 +224,3 @@ def _finishes(
     for why in whys:
         assert any(why in one for one in said), f"{why!r} is not in {said}"
     return after
-
-
-def _with_words(federation: Federation, *words: str) -> dict[int, str]:
-    assert federation.running is not None
-    found = federation.running.processes()
-    return {pid: line for pid, line in found.items() if all(word in line for word in words)}
-
-
-def _superlink(federation: Federation) -> list[int]:
-    return list(_with_words(federation, "flower-superlink"))
-
-
-def _executor(federation: Federation) -> list[int]:
-    return list(_with_words(federation, "-m consilium_server.executor"))
-
-
-def _server_app(federation: Federation) -> list[int]:
-    """The process of the rounds: a child of the executor's fork server, with its command line."""
-    forks = _with_words(federation, "forkserver")
-    parents = {pid: _parent(pid) for pid in forks}
-    return wait_for(
-        lambda: [pid for pid, parent in parents.items() if parent in forks], "the rounds' process"
-    )
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

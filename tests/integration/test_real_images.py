@@ -42,7 +42,7 @@ def test_a_private_study_spends_what_an_independent_computation_says(
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.pld import PLDAccountant
 
-    finished = run_example(hippocampus, "hippocampus-private", timeout=500, rounds=10)
+    finished = run_example(hippocampus, "hippocampus-private", timeout=500, rounds=4)
     assert finished.study["evaluation"] == {}, "a private study releases no figure"
     for site in hippocampus.sites.values():
         exported = tmp_path / f"{site.name}.jsonl"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, cast
 
+from consilium_common.models import libraries  # noqa: F401
+
+# isort: split
 import torch
 from monai.networks.blocks import Convolution, ResidualUnit
 from monai.networks.blocks.dynunet_block import UnetResBlock
