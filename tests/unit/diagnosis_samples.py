@@ -232,7 +232,7 @@ class Port:
 
 
 _PORT = """
-import sys
+import sys, time
 from consilium_server import handshakes
 handshakes.listen()
 from pathlib import Path
@@ -240,23 +240,37 @@ from diagnosis_samples import Port
 from consilium_common.identity.authority import Authority
 from consilium_server.registry import Registry
 folder, database, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+strangers = int(sys.argv[4])
 told = []
 with handshakes.reworded(lambda code, words: told.append(code)):
     port = Port(folder, Authority.load(folder), Registry(database))
     with port.open(number):
         print("open", flush=True)
         sys.stdin.read()
+        end = time.monotonic() + 15
+        while len(told) < strangers and time.monotonic() < end:
+            time.sleep(0.01)
 print(*told)
 """
 
 
 @contextmanager
-def alarms(port: Port, number: int, database: Path) -> Iterator[list[str]]:
-    """Open the port in a process of its own; the list holds, in the end, why it refused callers."""
+def alarms(port: Port, number: int, database: Path, strangers: int = 0) -> Iterator[list[str]]:
+    """Open the port in a process of its own; the list holds, in the end, why it refused callers.
+
+    It stays open until it has seen as many strangers: it is not told when they hang up.
+    """
     port.authority.save(port.folder)
     told: list[str] = []
     with subprocess.Popen(
-        [sys.executable, "-c", _PORT, str(port.folder), str(database), str(number)],
+        [
+            sys.executable,
+            "-c",
+            _PORT,
+            str(port.folder),
+            str(database),
+            *map(str, (number, strangers)),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

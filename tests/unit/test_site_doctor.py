@@ -315,7 +315,8 @@ def test_what_the_link_refused_is_counted_and_the_last_is_named(house: House) ->
 
 def test_the_doctor_s_looks_at_the_port_alarm_nobody_there(house: House, tmp_path: Path) -> None:
     fresh = SiteHome.create(tmp_path / "fresh")
-    with alarms(house.port, house.number, house.port.folder / "registry.db") as told:
+    database = house.port.folder / "registry.db"
+    with alarms(house.port, house.number, database, strangers=1) as told:
         assert diagnosed(SiteDoctor(house.home).checks()).cause is None
         looked = SiteDoctor(fresh, invitation=invited(house, tmp_path))
         assert diagnosed(looked.network_checks()).cause is None and looked.target is not None
