@@ -137,9 +137,7 @@ class LightSite:
             self.trained += 1
         reply = outgoing(asked, self._calls.own_node(), content=to_server(update, None))
         session, wanted = accepted(await self._raw("PushMessages", reply.body))
-        objects = {reply.message_id: reply.message}
-        if update is not None:
-            objects |= _objects(update)
+        objects = {reply.message_id: reply.message, **_objects(update)}
         for name in wanted:
             node = self._calls.own_node()
             body = push_object(node, asked.run_id, session, name, objects[name])
@@ -190,7 +188,7 @@ class LightSite:
         return content
 
 
-def _objects(update: Reference) -> dict[str, bytes]:
+def _objects(update: Reference | None) -> dict[str, bytes]:
     """Return the objects of a reply's content, by their names."""
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
