@@ -103,7 +103,8 @@ class FleetForwarder:
             base_url=base_url,
             verify=context,
             timeout=httpx.Timeout(60.0, connect=5.0),
-            limits=httpx.Limits(max_connections=256, max_keepalive_connections=64),
+            # As many as are kept open: a handshake costs more than waiting for one that is free.
+            limits=httpx.Limits(max_connections=32, max_keepalive_connections=32),
             trust_env=False,
         )
         self._kicks = kicks

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Protocol, TypeVar
 
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
@@ -21,14 +22,21 @@ from consilium_server.peers import Peer
 from consilium_server.registry import Registry
 from consilium_server.study_files import Arriving, StudyFiles
 
+T = TypeVar("T")
+#: More would only stand in each other's way: a piece is hashed and written.
+_DISK_THREADS: Final = 4
+#: Sites that a piece goes to or comes from at the same time, and how long one may keep its turn.
+_TURNS: Final = 8
+_TURN_SECONDS: Final = 0.1
+
 
 class Line(Protocol):
     """One stream, metered and timed by the gateway."""
 
-    async def read(self) -> bytes | None:
+    def read(self) -> Coroutine[Any, Any, bytes | None]:
         """Return the caller's next message; None when it has sent its last."""
 
-    async def write(self, message: bytes) -> None:
+    def write(self, message: bytes) -> Coroutine[Any, Any, None]:
         """Send a message; waits until the caller takes it."""
 
 
@@ -48,6 +56,10 @@ class Transfers:
         self._home = home
         self._registry = registry
         self._arriving: dict[tuple[str, str], Arriving] = {}
+        # Encrypting a piece keeps everybody else waiting: hundreds in a row, for many seconds.
+        self._turns = asyncio.Semaphore(_TURNS)
+        # Of their own: hundreds of pieces in a row must not hold up what people ask.
+        self._disk = ThreadPoolExecutor(_DISK_THREADS, "transfers")
 
     def table(self) -> dict[str, Stream]:
         """Return the handler of each stream."""
@@ -76,8 +88,8 @@ class Transfers:
         # Opened once: replaced or removed meanwhile, it is still the same file.
         with path.open("rb", buffering=0) as stream:
             stream.seek(offset)
-            while piece := await asyncio.to_thread(stream.read, CHUNK_BYTES):
-                await line.write(piece)
+            while piece := await self._apart(stream.read, CHUNK_BYTES):
+                await self._in_turn(line.write(piece))
 
     async def deliver(self, peer: Peer, line: Line) -> None:
         """Take the update that a site was asked for.
@@ -114,18 +126,32 @@ class Transfers:
         # Known before it is opened: of several lines at once, the last alone goes on.
         arriving = self._arriving[key] = files.arriving(site, reference)
         try:
-            await asyncio.to_thread(arriving.open)
+            await self._apart(arriving.open)
             await line.write(canonical_json({"held": arriving.held}))
             while arriving.held < reference.bytes:
-                piece = await line.read()
+                piece = await self._in_turn(line.read())
                 if piece is None:
                     raise ConsiliumError("network.garbage", "The update ends before its end.")
-                await asyncio.to_thread(arriving.write, piece)
-            arriving.finish()
+                await self._apart(arriving.write, piece)
+            await self._apart(arriving.finish)
         finally:
-            arriving.close()
+            await self._apart(arriving.close)
             if self._arriving.get(key) is arriving:
                 del self._arriving[key]
+
+    async def _in_turn(self, move: Coroutine[Any, Any, T]) -> T:
+        async with self._turns:
+            moving = asyncio.create_task(move)
+            try:
+                # A site with a slow line is waited for outside: it takes nothing of the others'.
+                await asyncio.wait({moving}, timeout=_TURN_SECONDS)
+            except asyncio.CancelledError:
+                moving.cancel()
+                raise
+        return await moving
+
+    async def _apart(self, do: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, do, *arguments)
 
     def _files(self, peer: Peer, asked: dict[str, Any]) -> StudyFiles:
         study = asked.get("study")

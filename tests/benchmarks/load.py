@@ -266,7 +266,7 @@ def rounds(folder: Path, sites: int, millions: int, number: int) -> dict[str, An
         watch = Watch(aggregator)
         consilium("study", "run", digest, "--home", aggregator.home)
         while True:
-            for _ in range(20):
+            for _ in range(50):
                 watch.look()
                 time.sleep(0.1)
             shown = consilium("study", "show", digest, "--home", aggregator.home)
