@@ -6,7 +6,6 @@ round waits for it. What was handed out to a line that is dead is handed out aga
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import ssl
 import time
@@ -27,6 +26,7 @@ from consilium_common.wire.methods import (
 from consilium_server.arrivals import ArrivalCounts
 from consilium_server.flower_private import has_message, objects_to_push, pushed_object, replied_to
 from consilium_server.kicks import Kicks
+from consilium_server.outliving import Outliving
 
 #: Shorter than the 30 s after which a SuperNode gives a call up.
 HOLD_SECONDS: Final = 24.0
@@ -110,7 +110,7 @@ class FleetForwarder:
         self._kicks = kicks
         #: The last messages that were handed out to a node, to which session, and when.
         self._handed: dict[str, tuple[str, Pulled, float]] = {}
-        self._asking: set[asyncio.Task[Pulled]] = set()
+        self._asking = Outliving()
 
     async def forward(self, call: str, body: bytes, headers: Headers) -> tuple[int, bytes]:
         """Return the SuperLink's HTTP status and body for one call.
@@ -149,11 +149,8 @@ class FleetForwarder:
             seen = self._kicks.seen(node)
             if lost := self._lost(node, session, shown):
                 return lost
-            asking = asyncio.create_task(self._pull_once(node, session, body, headers))
-            self._asking.add(asking)
-            asking.add_done_callback(self._asking.discard)
             # A line that breaks now ends this call, and not what the SuperLink is handing out.
-            found = await asyncio.shield(asking)
+            found = await self._asking.wait(self._pull_once(node, session, body, headers))
             if found.status != httpx.codes.OK or found.receipt:
                 return found
             while self._kicks.seen(node) == seen:

@@ -39,6 +39,7 @@ from consilium_server.flower_private import (
     public_key_header,
 )
 from consilium_server.limits import Allowances, Call, Limits, Meter
+from consilium_server.outliving import Outliving
 from consilium_server.peers import Doorkeeper, Peer, while_admitted
 from consilium_server.presenting import Presented
 from consilium_server.transfers import Stream
@@ -93,7 +94,7 @@ class Gateway:
         self._door = door
         self._fleet = fleet
         self._arrivals = arrivals
-        self._passing: set[asyncio.Task[tuple[int, bytes]]] = set()
+        self._passing = Outliving()
         self._services = dict(services)
         self._streams = dict(streams)
         self._limits = limits or Limits()
@@ -259,11 +260,8 @@ class Gateway:
         else:
             if call in ("PushObject", "PushMessages"):
                 self._allowances.charge(node, len(body))
-            passing = asyncio.create_task(self._pass_on(node, call, body, headers))
-            self._passing.add(passing)
-            passing.add_done_callback(self._passed_on)
             # When the line breaks now, what the SuperLink takes is noted all the same.
-            status, content = await asyncio.shield(passing)
+            status, content = await self._passing.wait(self._pass_on(node, call, body, headers))
         return content, () if status == 200 else ((HTTP_STATUS_KEY, str(status)),)
 
     async def _pass_on(
@@ -273,11 +271,6 @@ class Gateway:
         if status == 200:
             self._arrivals.note(node, call, body, content)
         return status, content
-
-    def _passed_on(self, passing: asyncio.Task[tuple[int, bytes]]) -> None:
-        self._passing.discard(passing)
-        if not passing.cancelled():
-            passing.exception()  # whoever asked hears it, where the line still stands
 
     def _admit(
         self, context: grpc.aio.ServicerContext, roles: frozenset[Role], method: str

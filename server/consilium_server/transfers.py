@@ -33,10 +33,10 @@ _TURN_SECONDS: Final = 0.1
 class Line(Protocol):
     """One stream, metered and timed by the gateway."""
 
-    def read(self) -> Coroutine[Any, Any, bytes | None]:
+    async def read(self) -> bytes | None:
         """Return the caller's next message; None when it has sent its last."""
 
-    def write(self, message: bytes) -> Coroutine[Any, Any, None]:
+    async def write(self, message: bytes) -> None:
         """Send a message; waits until the caller takes it."""
 
 
@@ -89,7 +89,7 @@ class Transfers:
         with path.open("rb", buffering=0) as stream:
             stream.seek(offset)
             while piece := await self._apart(stream.read, CHUNK_BYTES):
-                await self._in_turn(line.write(piece))
+                await self._in_turn(line.write, piece)
 
     async def deliver(self, peer: Peer, line: Line) -> None:
         """Take the update that a site was asked for.
@@ -129,19 +129,19 @@ class Transfers:
             await self._apart(arriving.open)
             await line.write(canonical_json({"held": arriving.held}))
             while arriving.held < reference.bytes:
-                piece = await self._in_turn(line.read())
+                piece = await self._in_turn(line.read)
                 if piece is None:
                     raise ConsiliumError("network.garbage", "The update ends before its end.")
                 await self._apart(arriving.write, piece)
             await self._apart(arriving.finish)
         finally:
-            await self._apart(arriving.close)
+            arriving.close()
             if self._arriving.get(key) is arriving:
                 del self._arriving[key]
 
-    async def _in_turn(self, move: Coroutine[Any, Any, T]) -> T:
+    async def _in_turn(self, move: Callable[..., Coroutine[Any, Any, T]], *arguments: object) -> T:
         async with self._turns:
-            moving = asyncio.create_task(move)
+            moving = asyncio.create_task(move(*arguments))
             try:
                 # A site with a slow line is waited for outside: it takes nothing of the others'.
                 await asyncio.wait({moving}, timeout=_TURN_SECONDS)
