@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-class ArrivalCounts:
+class ArrivalLists:
     """A file per node with a line for every whole reply: the message that it replies to.
 
     The gateway writes, the round loop looks whether the file has grown. Times of files would be

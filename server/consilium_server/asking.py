@@ -19,7 +19,7 @@ from consilium_common.wire.messages import (
     to_site,
     update_of,
 )
-from consilium_server.arrivals import ArrivalCounts
+from consilium_server.arrivals import ArrivalLists
 from consilium_server.home import ServerHome
 from consilium_server.kicks import Kicks
 from consilium_server.registry import Registry
@@ -141,7 +141,7 @@ class Asking:
         self._grid = grid
         self._kicks = Kicks(home.kicks)
         self._most: int | None = None
-        self._arrivals = ArrivalCounts(home.arrived)
+        self._arrivals = ArrivalLists(home.arrived)
         self._under_way: list[Sent] = []
         #: Ended, and not yielded yet.
         self._ended: list[Answer] = []

@@ -23,7 +23,7 @@ from consilium_common.wire.methods import (
     PROTOBUF_MEDIA_TYPE,
     PULLED_KEY,
 )
-from consilium_server.arrivals import ArrivalCounts
+from consilium_server.arrivals import ArrivalLists
 from consilium_server.flower_private import has_message, objects_to_push, pushed_object, replied_to
 from consilium_server.kicks import Kicks
 from consilium_server.outliving import Outliving
@@ -46,7 +46,7 @@ class Arrivals:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._counts = ArrivalCounts(folder)
+        self._lists = ArrivalLists(folder)
         #: Of each node the message that it replies to, and what is missing of the reply.
         self._missing: dict[str, tuple[str, set[str]]] = {}
 
@@ -61,7 +61,7 @@ class Arrivals:
             missing.discard(pushed_object(body))
         if not missing:
             del self._missing[node_id]
-            self._counts.add(node_id, message)
+            self._lists.add(node_id, message)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from consilium_common.files import private_folder, write_atomic
 from consilium_common.processes import flower_environment
 from consilium_common.study import Study
 from consilium_common.wire.messages import Reference, instructions_of, update_of
-from consilium_server.arrivals import ArrivalCounts
+from consilium_server.arrivals import ArrivalLists
 from consilium_server.home import HOME_VARIABLE, ServerConfig, ServerHome
 from consilium_server.lifecycle import SIMULATION
 from consilium_server.overview import study_overview
@@ -219,7 +219,7 @@ class Wire:
         self._folder = folder
         self._updates = private_folder(folder / "updates")
         self._files = StudyFiles(home.study_folder(study.digest))
-        self._arrivals = ArrivalCounts(home.arrived)
+        self._arrivals = ArrivalLists(home.arrived)
         self._names: dict[int, str] = {}
         self._replies: dict[str, Message] = {}
         self._closed = Event()

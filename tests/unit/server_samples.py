@@ -19,7 +19,7 @@ from consilium_common.models.registry import trained_specs
 from consilium_common.models.weights import pack, unpack
 from consilium_common.study import Study
 from consilium_common.wire.messages import Reference, instructions_of, to_server
-from consilium_server.arrivals import ArrivalCounts
+from consilium_server.arrivals import ArrivalLists
 from consilium_server.home import ServerConfig, ServerHome
 from consilium_server.overview import study_overview
 from consilium_server.registry import Registry
@@ -166,7 +166,7 @@ class SitesGrid:
             reason = canonical_json(error.to_dict()).decode()
             reply = Message(Error(code=1, reason=reason), reply_to=message)
         self._replies[message.metadata.message_id] = reply
-        arrivals = ArrivalCounts(self._home.arrived)
+        arrivals = ArrivalLists(self._home.arrived)
         arrivals.add(str(message.metadata.dst_node_id), message.metadata.message_id)
 
 

@@ -23,7 +23,7 @@ from consilium_common.study.federation import Federation
 from consilium_common.wire.methods import PROTOCOL
 from consilium_server import asking as asking_module
 from consilium_server import tables
-from consilium_server.arrivals import ArrivalCounts
+from consilium_server.arrivals import ArrivalLists
 from consilium_server.asking import Answer, Asking
 from consilium_server.benching import Benches, benched
 from consilium_server.round_tables import SiteRound, site_rounds
@@ -212,7 +212,7 @@ def test_arrivals_are_counted_whatever_the_clock_says(
     monkeypatch.setattr(time, "time_ns", lambda: int((real() + next(jumps)) * 1e9))
     house.run()
     assert [row["sites"] for row in house.show()["rounds"]] == [list(SITES)] * 3
-    counts = ArrivalCounts(house.home.arrived)
+    counts = ArrivalLists(house.home.arrived)
     before = counts.of("1")
     counts.add("1", "a")
     between = counts.of("1")

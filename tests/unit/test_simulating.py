@@ -17,7 +17,7 @@ from consilium_common.errors import ConsiliumError
 from consilium_common.files import private_folder
 from consilium_common.study import Study
 from consilium_common.wire.messages import Instructions, Reference, to_server, to_site
-from consilium_server.arrivals import ArrivalCounts
+from consilium_server.arrivals import ArrivalLists
 from consilium_server.home import ServerHome
 from consilium_server.simulating import Wire, _register, simulate
 from consilium_server.study_files import StudyFiles
@@ -155,7 +155,7 @@ def test_a_message_is_on_its_way_until_its_reply_and_its_file_are_here(
     for site, node in (("east", 11), ("west", 22)):
         (arrived,) = (home.study_folder(study.digest) / "in" / site).glob("?" * 64)
         assert arrived.read_bytes() == site.encode() * 1000
-        assert len(ArrivalCounts(home.arrived).since(str(node), 0)) == 1
+        assert len(ArrivalLists(home.arrived).since(str(node), 0)) == 1
     assert len(list(wire.pull_messages(pushed))) == 2
     assert list(wire.pull_messages(pushed)) == []
 
