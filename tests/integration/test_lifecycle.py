@@ -1,4 +1,4 @@
-"""Starting, stopping and pausing: nothing is left behind, and no finished round is lost."""
+"""Starting, stopping and killing: nothing is left behind, and no finished round is lost."""
 
 from __future__ import annotations
 
@@ -79,13 +79,17 @@ def test_an_operator_stops_pauses_and_resumes_a_study_between_two_rounds_or_at_o
 def test_a_study_goes_on_by_itself_when_the_aggregator_is_started_again(
     federation: Federation,
 ) -> None:
-    # Killed, and process by process: tests/faults/test_kill_matrix.py.
-    digest = _begun(federation, "outlives", rounds=8)
+    digest = _begun(federation, "outlives", rounds=12)
     before = _with_rounds(federation, digest, 1)
     # Ctrl-C: the aggregator and all that it has started are gone.
     assert federation.running is not None
     federation.running.interrupt(timeout=10)
     assert "Traceback" not in federation.running.output
+    federation.start()
+    before = _goes_on(federation, digest, before)
+    # Killed, with all that it has started, at an arbitrary moment; process by process, and at
+    # chosen moments: tests/faults/test_kill_matrix.py.
+    federation.kill()
     federation.start()
     _finishes(federation, digest, before, "the aggregator was started anew")
 
