@@ -6,12 +6,15 @@ import logging
 import os
 import pwd
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from consilium_common.audit.acts import LOG_SCHEMA, Act, signed_act
+from consilium_common.errors import ConsiliumError
 from consilium_common.identity.certificates import read_certificate
 from consilium_common.identity.keys import load_signing_key
 from consilium_common.identity.trust import Trust
@@ -128,9 +131,31 @@ def acts_of(home: ServerHome) -> Acts:
     return Acts(Registry(home.database), witness_of(home))
 
 
-def note_local(home: ServerHome, act: str, subject: str, *, digest: str = "") -> None:
+def note_local(
+    home: ServerHome, act: str, subject: str, *, digest: str = "", outcome: str = "done"
+) -> None:
     """Note an act of the person at the aggregator's own computer, by the system's user name."""
-    acts_of(home).note(local_user(), LOCAL, act, subject, digest=digest)
+    acts_of(home).note(local_user(), LOCAL, act, subject, digest=digest, outcome=outcome)
+
+
+@contextmanager
+def local_refusals(home: ServerHome, act: str, subject: str) -> Iterator[None]:
+    """Note whatever a block raises as a refused act of the person at the aggregator's computer."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            acts = acts_of(home)
+        except (ConsiliumError, OSError) as unreadable:
+            _log.critical("the audit log cannot be written: %s", unreadable)
+        else:
+            acts.note_refused(local_user(), LOCAL, act, subject, refusal_code(error))
+        raise
+
+
+def refusal_code(error: Exception) -> str:
+    """Return the code that an error has in the log."""
+    return error.code if isinstance(error, ConsiliumError) else "internal.unexpected"
 
 
 def local_user() -> str:

@@ -22,6 +22,7 @@ from consilium_common.wire.messages import (
 from consilium_server.arrivals import ArrivalLists
 from consilium_server.home import ServerHome
 from consilium_server.kicks import Kicks
+from consilium_server.networks import exchanged
 from consilium_server.registry import Registry
 from consilium_server.study_files import StudyFiles
 from consilium_server.tables import ONLINE_SECONDS
@@ -357,9 +358,8 @@ class Asking:
         """Return the most bytes that an update may have in the study's encoding."""
         if self._most is None:
             from consilium_common.models.compression import most_bytes
-            from consilium_common.models.exchange import sent_specs
 
-            self._most = most_bytes(self._study, sent_specs(self._study))
+            self._most = most_bytes(self._study, exchanged(self._study).sent)
         return self._most
 
     def _gone(self) -> set[str]:

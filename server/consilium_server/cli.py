@@ -44,6 +44,7 @@ def init(
 ) -> None:
     """Make the consortium's authority, the server's and the operator's identity, once."""
     from consilium_common.identity.passphrase import new_passphrase
+    from consilium_common.identity.trust import key_of
     from consilium_common.identity.words import fingerprint_words
     from consilium_server.acts import note_local
     from consilium_server.members import initialise
@@ -59,7 +60,7 @@ def init(
         offline=offline_authority,
         database=database,
     )
-    note_local(server, "init", name)
+    note_local(server, "init", name, digest=key_of(authority.certificate))
     words = fingerprint_words(authority.certificate)
     key_file = (offline_authority or server.identity) / "authority-key.pem"
     result(

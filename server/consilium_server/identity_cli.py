@@ -13,6 +13,7 @@ from consilium_server.options import DEFAULT_HOME, Home
 
 if TYPE_CHECKING:
     from consilium_server.offline import OfflineRequest
+    from consilium_server.rotation import Custody
 
 app = typer.Typer()
 
@@ -36,15 +37,25 @@ def certify(
     """Certify somebody who cannot connect yet: a request file in, a certificate file out."""
     from consilium_common.identity.authority import requested_key
     from consilium_common.identity.certificates import Role
+    from consilium_common.identity.keys import public_fingerprint
     from consilium_common.identity.words import fingerprint_words
     from consilium_server import certifying
-    from consilium_server.acts import note_local
+    from consilium_server.acts import local_refusals, note_local
     from consilium_server.issuing import load_issuer, passphrase_for
 
     server = ServerHome.existing(home)
-    locked = passphrase_for(server.identity / "authority-key.pem", passphrase_file)
-    asked, certificates = certifying.certify(server, load_issuer(server, locked), request, out)
-    words = fingerprint_words(requested_key(asked.request_pem.encode(), Role(asked.role)))
+    with local_refusals(server, "certify", request.name):
+        locked = passphrase_for(server.identity / "authority-key.pem", passphrase_file)
+        asked, certificates = certifying.certify(server, load_issuer(server, locked), request, out)
+    key = requested_key(asked.request_pem.encode(), Role(asked.role))
+    words = fingerprint_words(key)
+    note_local(
+        server,
+        "certify",
+        f"{asked.role} {asked.name}",
+        digest=public_fingerprint(key),
+        outcome="waiting" if certificates is None else "done",
+    )
     data: dict[str, Any] = {"name": asked.name, "role": asked.role, "words": words}
     if certificates is None:
         result(
@@ -53,7 +64,6 @@ def certify(
             "Next: consilium server requests --out FILE; after `take`, certify again.",
         )
         return
-    note_local(server, "certify", f"{asked.role} {asked.name}")
     result(
         {**data, "waiting": False, "file": str(out)},
         f"Certificates of {asked.role} {asked.name} written to {out}.\n"
@@ -157,11 +167,12 @@ def take(
 ) -> None:
     """Take the certificates that the offline authority issued; those who wait get them."""
     from consilium_server import offline
-    from consilium_server.acts import note_local
+    from consilium_server.acts import local_refusals, note_local
     from consilium_server.issuing import HomeIssuer
 
     server = ServerHome.existing(home)
-    taken = offline.take(server, HomeIssuer(server), file)
+    with local_refusals(server, "take", file.name):
+        taken = offline.take(server, HomeIssuer(server), file)
     for row in taken:
         note_local(server, "take", f"{row.role} {row.name}", digest=row.digest)
     result(
@@ -200,8 +211,6 @@ def rotate(
 ) -> None:
     """Replace the server's key, or the authority, while the consortium works."""
     from consilium_common.errors import ConsiliumError
-    from consilium_server.issuing import load_issuer, passphrase_for
-    from consilium_server.rotation import Custody
 
     server = ServerHome.existing(home)
     if what == "server":
@@ -211,8 +220,7 @@ def rotate(
                 "These options are for the authority.",
                 hint="The server's key is rotated by `consilium server rotate server` alone.",
             )
-        locked = passphrase_for(server.identity / "authority-key.pem", passphrase_file)
-        _rotate_server(server, load_issuer(server, locked))
+        _rotate_server(server, passphrase_file)
         return
     if (force or distrust) and not finish:
         raise ConsiliumError(
@@ -220,14 +228,10 @@ def rotate(
             "--force and --distrust go with --finish.",
             hint="Begin with `consilium server rotate authority`.",
         )
-    folder = authority or server.identity
-    custody = Custody(
-        server, passphrase_for(folder / "authority-key.pem", passphrase_file), authority
-    )
     if finish:
-        _finish(custody, force=force, distrust=distrust)
+        _finish(server, authority, passphrase_file, force=force, distrust=distrust)
     else:
-        _begin(custody, offline_authority)
+        _begin(server, authority, passphrase_file, offline_authority)
 
 
 @app.command("lock-authority")
@@ -246,19 +250,18 @@ def lock_authority(
 ) -> None:
     """Put the authority's key under a passphrase, or under another one."""
     from consilium_common.identity.passphrase import new_passphrase
-    from consilium_server.acts import note_local
-    from consilium_server.issuing import passphrase_for
+    from consilium_common.identity.trust import key_of
+    from consilium_server.acts import local_refusals, note_local
     from consilium_server.locking import lock_authority as lock
-    from consilium_server.rotation import Custody
 
     server = ServerHome.existing(home)
     folder = authority or server.identity
-    custody = Custody(
-        server, passphrase_for(folder / "authority-key.pem", passphrase_file), authority
-    )
-    custody.authority()  # what is wrong with it shows before a new passphrase is thought of
-    lock(custody, new_passphrase(new_passphrase_file))
-    note_local(server, "lock", "authority")
+    with local_refusals(server, "lock", "authority"):
+        custody = _custody(server, authority, passphrase_file)
+        # What is wrong with it shows before a new passphrase is thought of.
+        key = key_of(custody.authority().certificate)
+        lock(custody, new_passphrase(new_passphrase_file))
+    note_local(server, "lock", "authority", digest=key)
     result(
         {"authority_key": str(folder / "authority-key.pem")},
         f"{folder / 'authority-key.pem'} is under the new passphrase.\n"
@@ -267,15 +270,31 @@ def lock_authority(
     )
 
 
-def _rotate_server(server: ServerHome, issuer: Any) -> None:
-    from consilium_common.identity.certificates import read_certificate
+def _custody(server: ServerHome, offline: Path | None, passphrase_file: Path | None) -> Custody:
+    """Return where the authority's key is; asks for its passphrase where it is under one."""
+    from consilium_server.issuing import passphrase_for
+    from consilium_server.rotation import Custody
+
+    key_file = (offline or server.identity) / "authority-key.pem"
+    return Custody(server, passphrase_for(key_file, passphrase_file), offline)
+
+
+def _rotate_server(server: ServerHome, passphrase_file: Path | None) -> None:
+    from consilium_common.identity.keys import load_tls_key, public_fingerprint
     from consilium_common.identity.words import fingerprint_words
-    from consilium_server.acts import note_local
+    from consilium_server.acts import local_refusals, note_local
+    from consilium_server.issuing import load_issuer, passphrase_for
     from consilium_server.rotation import rotate_server
 
-    done = rotate_server(server, issuer)
-    note_local(server, "rotate", "server key")
-    words = fingerprint_words(read_certificate(server.identity / "server.pem"))
+    folder, act = server.identity, ("rotate", "server key")
+    with local_refusals(server, *act):
+        locked = passphrase_for(folder / "authority-key.pem", passphrase_file)
+        done = rotate_server(server, load_issuer(server, locked))
+    key_file = folder / ("server-key.pem" if done else "server-waiting-key.pem")
+    key = load_tls_key(key_file).public_key()
+    outcome = "done" if done else "waiting"
+    note_local(server, *act, digest=public_fingerprint(key), outcome=outcome)
+    words = fingerprint_words(key)
     result(
         {"waiting": not done, "words": words},
         f"The server has a new key: {words}. A running aggregator shows it from the next"
@@ -285,14 +304,19 @@ def _rotate_server(server: ServerHome, issuer: Any) -> None:
     )
 
 
-def _begin(custody: Any, keep_in: Path | None) -> None:
+def _begin(
+    server: ServerHome, offline: Path | None, passphrase_file: Path | None, keep_in: Path | None
+) -> None:
+    from consilium_common.identity.trust import key_of
     from consilium_common.identity.words import fingerprint_words
-    from consilium_server.acts import note_local
+    from consilium_server.acts import local_refusals, note_local
     from consilium_server.rotation import rotate_authority
 
-    trust = rotate_authority(custody, keep_in)
+    act = ("rotate", "authority")
+    with local_refusals(server, *act):
+        trust = rotate_authority(_custody(server, offline, passphrase_file), keep_in)
+    note_local(server, *act, digest=key_of(trust.authorities[0]))
     words = fingerprint_words(trust.authorities[0])
-    note_local(custody.home, "rotate", "authority")
     result(
         {"words": words, "authorities": len(trust.authorities)},
         f"The consortium has a new authority: {words}.\n"
@@ -301,16 +325,28 @@ def _begin(custody: Any, keep_in: Path | None) -> None:
     )
 
 
-def _finish(custody: Any, *, force: bool, distrust: bool) -> None:
-    from consilium_server.acts import note_local
+def _finish(
+    server: ServerHome,
+    offline: Path | None,
+    passphrase_file: Path | None,
+    *,
+    force: bool,
+    distrust: bool,
+) -> None:
+    from consilium_common.identity.trust import Trust, key_of
+    from consilium_server.acts import local_refusals, note_local
     from consilium_server.rotation import finish_rotation
 
-    out = finish_rotation(custody, force=force, distrust=distrust)
-    note_local(custody.home, "rotate", "authority, finished")
+    act = ("rotate", "authority, finished")
+    with local_refusals(server, *act):
+        custody = _custody(server, offline, passphrase_file)
+        out = finish_rotation(custody, force=force, distrust=distrust)
+    trust = Trust.read(server.identity / "authority.pem")
+    note_local(server, *act, digest=key_of(trust.authorities[0]))
     lines = ["The new authority alone is trusted now."]
     if out:
         lines.append(f"Out, and in need of a new invitation: {', '.join(out)}.")
-    if custody.offline is not None:
+    if offline is not None:
         lines.append("Destroy the old authority's key, and every copy of its folder.")
     if distrust:
         lines.append("Restart the aggregator, and propose studies again: old signatures are void.")

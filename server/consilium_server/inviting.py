@@ -6,13 +6,19 @@ from datetime import datetime, timedelta
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import signing_request
-from consilium_common.identity.certificates import MEMBER_ROLES, Role, check_name
+from consilium_common.identity.certificates import (
+    MEMBER_ROLES,
+    Role,
+    check_name,
+    load_certificate,
+)
 from consilium_common.identity.invitation import Invitation
 from consilium_common.identity.keys import new_tls_key, private_pem
 from consilium_common.identity.personal import Personal
+from consilium_common.identity.trust import key_of
 from consilium_common.wire import methods
 from consilium_server import members
-from consilium_server.acts import note_local
+from consilium_server.acts import local_refusals, note_local
 from consilium_server.home import ServerHome
 
 
@@ -29,8 +35,11 @@ def read_role(text: str) -> Role:
 
 def invite_here(home: ServerHome, name: str, role: Role, lifetime: timedelta) -> Invitation:
     """Make an invitation at the aggregator's own computer, and note it in the audit log."""
-    invitation = members.invite(home, name, lifetime, role)
-    note_local(home, "invite", f"{role} {name}")
+    subject = f"{role} {name}"
+    with local_refusals(home, "invite", subject):
+        invitation = members.invite(home, name, lifetime, role)
+    key = key_of(load_certificate(invitation.certificate_pem.encode()))
+    note_local(home, "invite", subject, digest=key)
     return invitation
 
 

@@ -21,6 +21,7 @@ from consilium_common.identity.certificates import (
     Role,
     check_name,
     describe,
+    load_certificate,
     read_certificate,
 )
 from consilium_common.identity.invitation import Invitation
@@ -229,6 +230,17 @@ def revoke_member(registry: Registry, name: str) -> Member:
     # What was certified offline and not fetched is handed out no more.
     withdraw(registry, name)
     return member
+
+
+def revocation(member: Member) -> dict[str, str]:
+    """Return what is told of a revocation: whose, and the fingerprint of the key that it ends."""
+    certified = describe(load_certificate(member.certificate_pem.encode()))
+    return {
+        "name": member.name,
+        "role": member.role,
+        "status": member.status,
+        "fingerprint": certified.fingerprint,
+    }
 
 
 def _operator_member(name: str, certificate: x509.Certificate, signer: x509.Certificate) -> Member:

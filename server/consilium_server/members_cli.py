@@ -21,7 +21,7 @@ app = typer.Typer()
 @app.command()
 @command
 def sites(home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
-    """List sites: online, last seen, version, address, expiry, how far ledgers were witnessed."""
+    """List members: last seen, version, address, expiry, ledger witnessed, words of the key."""
     data = _overview(home, connect)
 
     def people(console: Console) -> None:
@@ -32,6 +32,7 @@ def sites(home: Home = DEFAULT_HOME, connect: Connect = None) -> None:
             console.print("No site has joined yet: consilium server invite NAME --out FILE")
         if data["people"]:
             console.print(_people_table(data["people"]))
+        console.print(_words_table([*rows, *data["people"]]))
         for row in rows:
             for alarm in row["alarms"]:
                 line = f"ALARM {row['name']}, {alarm['at'][:19]}: {alarm['message']}"
@@ -54,12 +55,12 @@ def revoke(
         data = _call(connect, methods.OPERATOR_REVOKE, {"name": name})
     else:
         from consilium_server import members
-        from consilium_server.acts import note_local
+        from consilium_server.acts import local_refusals, note_local
 
         server = ServerHome.existing(home)
-        member = members.revoke(server, name)
-        note_local(server, "revoke", f"{member.role} {name}")
-        data = {"name": member.name, "role": member.role, "status": member.status}
+        with local_refusals(server, "revoke", name):
+            data = members.revocation(members.revoke(server, name))
+        note_local(server, "revoke", f"{data['role']} {name}", digest=data["fingerprint"])
     result(data, f"{name} is revoked. It can come back with a new invitation.")
 
 
@@ -84,9 +85,12 @@ def records(
         with connect_to(connect) as caller:
             content = fetch_records(caller, site)
     else:
+        from consilium_server.acts import local_refusals
         from consilium_server.records import records_here
 
-        content = records_here(ServerHome.existing(home), site)
+        server = ServerHome.existing(home)
+        with local_refusals(server, "records", site):
+            content = records_here(server, site)
     write_new(file, content)
     written = json.loads(content)["content"]
     counts = {name: len(written[name]) for name in ("witnessed", "received")}
@@ -123,11 +127,16 @@ def log(
         with who.caller() as caller:
             content = fetch_log(caller)
     else:
+        from hashlib import sha256
+
+        from consilium_server.acts import local_refusals, note_local
         from consilium_server.records import log_here
 
         server = ServerHome.existing(home)
         trusted = server.identity / "authority.pem"
-        content = log_here(server)
+        with local_refusals(server, "log", "audit log"):
+            content = log_here(server)
+        note_local(server, "log", "audit log", digest=sha256(content).hexdigest())
     if out is not None:
         write_new(out, content)
     report = read_log(content, where=str(out or "the audit log"), trusted=trusted)
@@ -154,9 +163,7 @@ def _call(connect: Path, method: str, request: dict[str, Any]) -> Any:
 
 
 def _sites_table(rows: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(
+    table = _table(
         "site", "status", "online", "last seen (UTC)", "address", "version", "expires", "ledger"
     )
     for row in rows:
@@ -174,9 +181,7 @@ def _sites_table(rows: list[dict[str, Any]]) -> Any:
 
 
 def _people_table(rows: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table("person", "role", "status", "last seen (UTC)", "address", "expires")
+    table = _table("person", "role", "status", "last seen (UTC)", "address", "expires")
     for row in rows:
         table.add_row(
             row["name"],
@@ -187,6 +192,21 @@ def _people_table(rows: list[dict[str, Any]]) -> Any:
             row["expires"][:10],
         )
     return table
+
+
+def _words_table(rows: list[dict[str, Any]]) -> Any:
+    table = _table("member", "words of its key, to compare by telephone")
+    table.columns[1].no_wrap = True  # read aloud from one line
+    for row in rows:
+        table.add_row(row["name"], row["words"])
+    return table
+
+
+def _table(*headers: str) -> Any:
+    from rich.table import Column, Table
+
+    # In a narrow terminal a long name goes on in the next line: cut off, it would be another's.
+    return Table(*(Column(header, overflow="fold") for header in headers))
 
 
 def _moment(time: str | None) -> str:

@@ -101,6 +101,7 @@ def test_a_revoked_site_is_refused_while_it_is_connected_and_left_out_of_its_stu
     federation.wait_until(digest, lambda data: took_part(data, "guest"), "a round with the guest")
 
     revoked = federation.server("revoke", "guest").data
+    assert len(revoked.pop("fingerprint")) == 64
     assert revoked == {"name": "guest", "role": "site", "status": "revoked"}
     assert guest("studies").code == "identity.refused"
     at = len(federation.show(digest)["rounds"])

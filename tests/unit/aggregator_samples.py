@@ -16,6 +16,7 @@ from serving_samples import in_own_loop
 from typer.testing import CliRunner
 
 from consilium_common import __version__
+from consilium_common.audit.acts import Act, verify_acts
 from consilium_common.cli import app
 from consilium_common.console import MODE
 from consilium_common.identity.authority import signing_request
@@ -30,7 +31,7 @@ from consilium_common.wire.channel import Caller, Credentials
 from consilium_server import members
 from consilium_server.acts import Acts
 from consilium_server.fleet import Arrivals, FleetForwarder
-from consilium_server.gateway import Gateway
+from consilium_server.gateway import Gateway, Service
 from consilium_server.home import ServerHome
 from consilium_server.issuing import load_issuer
 from consilium_server.kicks import Kicks
@@ -65,22 +66,30 @@ class Aggregator:
         self.home = ServerHome.create(folder / "aggregator")
         self.port = free_port()
         self.authority = members.initialise(self.home, "tests", f"127.0.0.1:{self.port}")
-        self.registry = Registry(self.home.database)
-        self.issuer = load_issuer(self.home)
         self.nodes = Nodes()
         self.forwarded: list[str] = []
         self.superlink: Callable[[str], bytes] = lambda _: b""
         self.limits = Limits()
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Know what lies in the home and nothing else, as after a restart; for a closed port."""
+        self.registry = Registry(self.home.database)
+        self.issuer = load_issuer(self.home)
         self.key = WitnessKey.ensure(self.home.identity, self.authority)
 
     @property
     def acts(self) -> list[tuple[str, str, str, str, str]]:
         """The audit log: who, role, act, subject, outcome."""
+        return [(a.who, a.role, a.act, a.subject, a.outcome) for a in self.log]
+
+    @property
+    def log(self) -> list[Act]:
+        """The audit log, verified."""
         document = Acts(self.registry, self.key).document(self.issuer.trust)
-        return [
-            (e["who"], e["role"], e["act"], e["subject"], e["outcome"])
-            for e in document["content"]["entries"]
-        ]
+        acts = [Act.model_validate(entry) for entry in document["content"]["entries"]]
+        verify_acts(acts, self.key.key.public_key())
+        return acts
 
     def member(self, name: str) -> Member:
         found = self.registry.member(name)
@@ -118,6 +127,17 @@ class Aggregator:
         certificate = answer["certificate_pem"].encode()
         return Credentials(invited.authority_pem.encode(), certificate, private_pem(key))
 
+    def services(self) -> dict[str, Service]:
+        """The handlers behind the port, with their acts noted."""
+        return services(
+            self.home,
+            self.registry,
+            self.issuer,
+            self.nodes,  # type: ignore[arg-type]
+            Witness(self.registry, self.key),
+            scheduler=Scheduler(self.home, self.registry, self.nodes, lambda: False),  # type: ignore[arg-type]
+        )
+
     def caller(self, credentials: Credentials) -> Caller:
         return Caller(f"127.0.0.1:{self.port}", credentials)
 
@@ -135,19 +155,11 @@ class Aggregator:
             return 200, self.superlink(call)
 
         fleet.forward = forward  # type: ignore[method-assign]
-        witness = Witness(self.registry, self.key)
         gateway = Gateway(
             Doorkeeper(lambda: self.issuer.trust, self.registry, Acts(self.registry, self.key)),
             fleet,
             Arrivals(self.home.arrived),
-            services(
-                self.home,
-                self.registry,
-                self.issuer,
-                self.nodes,  # type: ignore[arg-type]
-                witness,
-                scheduler=Scheduler(self.home, self.registry, self.nodes, lambda: False),  # type: ignore[arg-type]
-            ),
+            self.services(),
             Transfers(self.home, self.registry).table(),
             limits=self.limits,
         )

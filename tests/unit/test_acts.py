@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from pathlib import Path
@@ -11,15 +12,22 @@ import pytest
 from aggregator_samples import Aggregator, consilium
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from issuing_samples import HOUR, SECRET, request_file
+from issuing_samples import KEY as KEY_OF_NORTH
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from consilium_common.audit.acts import Act, signed_act, verify_acts
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import Authority, certificate_pem
-from consilium_common.identity.keys import new_signing_key
+from consilium_common.identity.certificates import load_certificate, read_certificate
+from consilium_common.identity.invitation import read_invitation
+from consilium_common.identity.keys import load_tls_key, new_signing_key, public_fingerprint
+from consilium_common.identity.trust import key_of
 from consilium_common.ledger.entries import Head
+from consilium_server import members
 from consilium_server.acts import Acts, acts_of, local_user
+from consilium_server.issuing import HomeIssuer
 from consilium_server.registry import Registry
 
 KEY = new_signing_key()
@@ -152,6 +160,105 @@ def test_local_acts_are_noted_by_the_system_s_user(aggregator: Aggregator, tmp_p
         "done",
     )
     assert who.startswith("local:")
+
+
+def test_each_local_act_is_an_entry_with_the_digest_of_what_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aggregator = Aggregator(tmp_path / "aggregator")
+    identity, letter = aggregator.home.identity, members.invite(aggregator.home, "north", HOUR)
+    asked, out = request_file(tmp_path, letter), tmp_path / "north"
+    secret = tmp_path / "secret"
+    secret.write_bytes(SECRET + b"\n")
+    secret.chmod(0o600)
+    unlocking = ("--passphrase-file", secret)
+
+    def done(*command: str | Path) -> Any:
+        return consilium("server", *command, "--home", aggregator.home.path)
+
+    def key_in(name: str) -> str:
+        return key_of(read_certificate(identity / name))
+
+    with monkeypatch.context() as offline:
+        offline.setattr(HomeIssuer, "issue", lambda *_, **__: None)
+        done("certify", asked, "--out", out)
+        done("rotate", "server")
+    waiting = load_tls_key(identity / "server-waiting-key.pem").public_key()
+    done("certify", asked, "--out", out)
+    before = key_in("authority.pem")
+    done("rotate", "authority")
+    after = key_in("authority.pem")
+    done("rotate", "authority", "--finish", "--force")
+    done("rotate", "server")
+    done("lock-authority", "--new-passphrase-file", secret)
+    done("records", "north", tmp_path / "records")
+    records = hashlib.sha256((tmp_path / "records").read_bytes()).hexdigest()
+    done("log", "--out", tmp_path / "log")
+    log = hashlib.sha256((tmp_path / "log").read_bytes()).hexdigest()
+    revoked = done("revoke", "north")
+    assert revoked["fingerprint"] == public_fingerprint(KEY_OF_NORTH.public_key())
+    for refused in (
+        ("revoke", "nobody"),
+        ("records", "nowhere", tmp_path / "none"),
+        ("certify", tmp_path / "none", "--out", tmp_path / "never", *unlocking),
+        ("take", tmp_path / "none"),
+        ("rotate", "server"),
+        ("rotate", "authority", "--finish", *unlocking),
+        ("lock-authority", "--new-passphrase-file", secret),
+    ):
+        assert isinstance(done(*refused), str), refused
+
+    found = aggregator.log
+    assert {(act.who, act.role) for act in found} == {(local_user(), "local")}
+    locked = "refused: identity.passphrase-needed"
+    assert after != before
+    assert [(act.act, act.subject, act.digest, act.outcome) for act in found] == [
+        ("certify", "site north", revoked["fingerprint"], "waiting"),
+        ("rotate", "server key", public_fingerprint(waiting), "waiting"),
+        ("certify", "site north", revoked["fingerprint"], "done"),
+        ("rotate", "authority", after, "done"),
+        ("rotate", "authority, finished", after, "done"),
+        ("rotate", "server key", key_in("server.pem"), "done"),
+        ("lock", "authority", after, "done"),
+        ("records", "north", records, "done"),
+        ("log", "audit log", log, "done"),
+        ("revoke", "site north", revoked["fingerprint"], "done"),
+        ("revoke", "nobody", "", "refused: identity.unknown"),
+        ("records", "nowhere", "", "refused: identity.unknown"),
+        ("certify", "none", "", "refused: identity.no-file"),
+        ("take", "none", "", "refused: identity.no-file"),
+        ("rotate", "server key", "", locked),
+        ("rotate", "authority, finished", "", "refused: identity.no-rotation"),
+        ("lock", "authority", "", locked),
+    ]
+
+
+def test_invitations_made_here_are_entries_with_their_keys(tmp_path: Path) -> None:
+    aggregator, letter = Aggregator(tmp_path / "aggregator"), tmp_path / "letter"
+    invite = ("server", "invite", "north", "--out", letter, "--home", aggregator.home.path)
+    assert not isinstance(consilium(*invite), str)
+    certificate = read_invitation(letter).certificate_pem.encode()
+    letter.unlink()
+    assert consilium(*invite[:2], "North!", *invite[3:]) == "identity.bad-name"
+    made, refused = aggregator.log
+    assert (made.act, made.subject, made.digest, made.outcome) == (
+        "invite",
+        "site north",
+        key_of(load_certificate(certificate)),
+        "done",
+    )
+    assert (refused.act, refused.subject, refused.outcome) == (
+        "invite",
+        "site North!",
+        "refused: identity.bad-name",
+    )
+
+
+def test_a_refusal_is_said_though_the_log_cannot_be_written(tmp_path: Path) -> None:
+    aggregator = Aggregator(tmp_path)
+    (aggregator.home.identity / "witness.pem").unlink()
+    refused = consilium("server", "revoke", "nobody", "--home", aggregator.home.path)
+    assert refused == "identity.unknown"
 
 
 def test_a_log_file_that_was_tampered_with_or_is_of_others_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import threading
 import time
@@ -13,23 +14,26 @@ from pathlib import Path
 import pytest
 from aggregator_samples import Aggregator, consilium
 from state_samples import put
+from typer.testing import CliRunner
 
 from consilium_common.audit.acts import read_log
 from consilium_common.audit.evidence import Evidence
 from consilium_common.audit.fetch import records_for
+from consilium_common.cli import app
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity import personal
 from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import Role, describe, load_certificate
 from consilium_common.identity.personal import Personal
 from consilium_common.identity.trust import Trust
+from consilium_common.identity.words import fingerprint_words
 from consilium_common.study.examples import example_files
 from consilium_common.wire import methods
 from consilium_common.wire.channel import Caller, channel_target
 from consilium_common.wire.tls13 import grpc
 from consilium_server.flower_private import public_key_header
 from consilium_server.rotation import Custody, finish_rotation, rotate_authority
-from consilium_server.tables import Member, StudyRow
+from consilium_server.tables import Member, StudyRow, now
 
 STUDY = next(path for path in example_files() if path.stem == "hippocampus")
 
@@ -117,6 +121,31 @@ def test_members_are_invited_listed_and_revoked_from_elsewhere(
         ("ada", "revoke", "auditor ben"),
         ("ada", "revoke", "operator"),
     ]
+
+
+def test_the_list_of_sites_shows_how_each_stands_and_the_words_of_its_key(
+    aggregator: Aggregator,
+) -> None:
+    credentials = aggregator.site("north")
+    hello = {"session": "s", "version": "0.0.7", "protocol": methods.PROTOCOL}
+    before = now()
+    with aggregator.caller(credentials) as caller:
+        caller.call(methods.SITE_HELLO, hello)
+    command = ("server", "sites", "--home", aggregator.home.path)
+    (site,) = consilium(*command)["sites"]
+    certificate = load_certificate(credentials.certificate)
+    assert before <= site["last_seen"] <= now()
+    assert (site["online"], site["version"], site["address"]) == (True, "0.0.7", "127.0.0.1")
+    assert site["expires"] == certificate.not_valid_after_utc.isoformat()
+    # What the site shows of its own key, for both to read to each other.
+    assert site["words"] == fingerprint_words(certificate)
+
+    printed = CliRunner().invoke(app, [str(word) for word in command], env={"COLUMNS": "100"})
+    assert max(map(len, printed.stdout.splitlines())) <= 100
+    shown = " ".join(re.sub("[┏┓┗┛━┃│└┘─┴┳╇┡┩]", " ", printed.stdout).split())
+    seen = f"{site['last_seen'][:10]} {site['last_seen'][11:19]}"
+    assert f"north active yes {seen} 127.0.0.1 0.0.7 {site['expires'][:10]} not seen" in shown
+    assert f"north {site['words']}" in shown
 
 
 def test_an_auditor_reads_and_changes_nothing(aggregator: Aggregator, tmp_path: Path) -> None:
@@ -356,6 +385,25 @@ def test_revocation_by_another_process_ends_a_held_poll_within_two_seconds(
     with aggregator.caller(credentials) as caller:
         assert refusal(caller.call, methods.SITE_STUDIES, {}).code.startswith("identity.")
     assert aggregator.acts[-1][1:] == ("local", "revoke", "site north", "done")
+
+
+def test_whoever_was_revoked_stays_refused_after_a_restart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    aggregator = Aggregator(tmp_path)
+    with aggregator.open():
+        site, ada = aggregator.site("north"), aggregator.join("ada", Role.OPERATOR).credentials()
+        for name in ("north", "ada"):
+            consilium("server", "revoke", name, "--home", aggregator.home.path)
+    aggregator.start_anew()
+    caplog.clear()
+    with aggregator.open():
+        for credentials, method in ((site, methods.SITE_STUDIES), (ada, methods.OPERATOR_REVOKE)):
+            with aggregator.caller(credentials) as caller:
+                assert refusal(caller.call, method, {}).code == "identity.refused"
+    assert "[identity.revoked] The certificate of 'north' was revoked" in caplog.text
+    assert aggregator.log[-1].who == "ada"
+    assert aggregator.log[-1].outcome == "refused: identity.revoked"
 
 
 def test_an_upload_that_was_begun_before_a_revocation_is_not_taken_after_it(

@@ -334,7 +334,7 @@ def test_a_release_that_does_not_fit_names_both_and_who_must_update() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b'{"protocol": 1, "version": "1", "running": 3}']
+    "content", [b"", b"[]", b"[" * 5000, b"{}", b'{"protocol": 1, "version": "1", "running": 3}']
 )
 def test_an_answer_of_another_form_is_one_clear_error(content: bytes) -> None:
     with pytest.raises(ConsiliumError) as caught:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 from diagnosis_samples import Port, alarms, cause_of, diagnosed, secrets_in
+from test_site_doctor import sha256_of
 from typer.testing import CliRunner
 
 from consilium_common.cli import app as root
 from consilium_common.diagnosis.steps import Outcome, Step
 from consilium_common.errors import WARNINGS_ONLY
 from consilium_common.identity.authority import certificate_pem
-from consilium_common.identity.certificates import Role
+from consilium_common.identity.certificates import Role, load_certificate
 from consilium_common.identity.keys import load_tls_key, new_tls_key
 from consilium_common.identity.words import fingerprint_words
 from consilium_common.processes import free_port
@@ -29,6 +30,13 @@ from consilium_server.home import ServerHome
 from consilium_server.members import initialise
 from consilium_server.registry import Registry
 from consilium_server.tables import APPEND_ONLY, now
+
+#: Each relies on those before it.
+ORDER = [
+    *("configuration", "rights", "clock", "registry", "identity", "operator", "authority"),
+    *("audit log", "members", "open files", "disk", "memory", "processes", "port", "TLS"),
+    *("services", "version", "speed", "DNS", "outside"),
+]
 
 
 class House:
@@ -51,9 +59,9 @@ class House:
     def cause(self) -> tuple[str, str]:
         return cause_of(self.doctor().checks())
 
-    def call(self, *arguments: str) -> tuple[int, str, str]:
-        home = ("--home", str(self.home.path))
-        answer = CliRunner().invoke(root, ["server", "doctor", *arguments, *home])
+    def call(self, *arguments: str, as_json: bool = False) -> tuple[int, str, str]:
+        words = [*(["--json"] if as_json else []), "server", "doctor", *arguments]
+        answer = CliRunner().invoke(root, [*words, "--home", str(self.home.path)])
         return answer.exit_code, answer.stdout, answer.stderr
 
     def own(self, name: str, role: Role, **named: timedelta) -> None:
@@ -82,7 +90,12 @@ def test_a_running_aggregator_answers_here_and_at_the_address_of_the_invitations
     house.running()
     with house.port.open(house.number):
         found = diagnosed(house.doctor().checks())
+        status, out, _ = house.call(as_json=True)
     assert found.cause is None, found.cause
+    assert status in (0, WARNINGS_ONLY)
+    said = json.loads(out)["data"]
+    assert [step["name"] for step in said["steps"]] == [one.name for one in found.steps] == ORDER
+    assert all(step["tried"] and step["happened"] for step in said["steps"])
     outcomes = {step.name: step.outcome for step in found.steps}
     for name in ("port", "TLS", "services", "version", "DNS", "outside"):
         assert outcomes[name] is Outcome.OK, found.step(name)
@@ -131,6 +144,9 @@ def test_a_damaged_configuration_is_the_cause(house: House) -> None:
     house.home.config_file.write_text("{")
     assert house.cause() == ("configuration", "state.bad-config")
     assert house.call()[0] == 8
+    status, out, _ = house.call(as_json=True)
+    told = json.loads(out)
+    assert (status, told["status"], told["error"]["code"]) == (8, "error", "state.bad-config")
 
 
 def test_a_limit_that_makes_no_sense_is_the_cause(house: House) -> None:
@@ -204,8 +220,13 @@ def test_a_ticket_names_the_address_and_the_sites_and_holds_no_secret(
     site = house.authority.issue(key, Role.SITE, "north")
     house.port.admit(certificate_pem(site), address="192.0.2.44")
     file = tmp_path / "ticket.txt"
-    status, out, err = house.call("--ticket", str(file))
+    house.running()
+    with house.port.open(house.number):
+        status, out, err = house.call("--ticket", str(file))
     text = file.read_text()
+    server = (house.home.identity / "server.pem").read_bytes()
+    for one in (house.authority.certificate, load_certificate(server)):
+        assert sha256_of(one) in text
     assert status == 0 and str(file) in out, err
     for needed in (
         *(f"localhost:{house.number}", f"TCP {house.number}", "north 192.0.2.44", "incoming only"),

@@ -51,7 +51,9 @@ class Act(BaseModel):
     act: Annotated[str, Field(max_length=40)]  #: init, invite, enrol, revoke, propose, run, …
     subject: Annotated[str, Field(max_length=400)]  #: whom or what it was done to
     digest: Annotated[str, Field(max_length=128)]  #: of the study, key or file; empty where none
-    outcome: Annotated[str, Field(max_length=200)]  #: ``done``, or ``refused: <code>``
+    #: ``done``; ``waiting`` for the offline authority; ``refused: <code>``; ``cut short`` where the
+    #: aggregator ended meanwhile, and cannot say whether it was done.
+    outcome: Annotated[str, Field(max_length=200)]
     previous: _Hash
     hash: _Hash
     signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
@@ -191,7 +193,7 @@ class LogReport:
             "written_at": self.written_at,
             "entries": len(self.acts),
             "head": None if self.head is None else str(self.head),
-            "refused": sum(act.outcome != "done" for act in self.acts),
+            "refused": sum(act.outcome.startswith("refused") for act in self.acts),
             "acts": [act.model_dump() for act in self.acts],
         }
 

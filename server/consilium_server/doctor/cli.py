@@ -28,9 +28,9 @@ def doctor(
 ) -> None:
     """Go step by step from the configuration to the way in, and stop at the first cause.
 
-    Configuration, rights, clock, identity, operator, authority, registry, audit log, members, open
-    files, disk, memory, port, TLS, services, version, speed, DNS, the address that sites use: what
-    was tried, what happened, what to do.
+    Configuration, rights, clock, registry, identity, operator, authority, audit log, members, open
+    files, disk, memory, processes, port, TLS, services, version, speed, DNS, the address that sites
+    use: what was tried, what happened, what to do.
 
     Exit status: 0 all is well, 10 warnings only; else that of the cause: 5 identity, 6 audit log,
     7 network, 8 this machine's state.

@@ -45,11 +45,12 @@ class AuditServices:
     async def records(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Hand over what the aggregator witnessed and received of a site, as it signs it."""
         site = text(request, "site")
-        return await self._hand(
+        handed = await self._hand(
             peer,
             request,
             lambda: site_records(self.registry, self.witness, self.issuer.trust, site),
         )
+        return {**handed, "site": site}
 
     async def log(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Hand over the aggregator's audit log, as it signs it."""
@@ -57,7 +58,7 @@ class AuditServices:
 
     async def _hand(
         self, peer: Peer, request: dict[str, Any], make: Callable[[], dict[str, Any]]
-    ) -> Any:
+    ) -> dict[str, Any]:
         offset = number(request, "offset")
         if offset == 0:
             document = await asyncio.to_thread(lambda: file_of(make()).decode())

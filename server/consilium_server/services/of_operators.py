@@ -89,7 +89,12 @@ class OperatorServices:
                 change(session, row.digest, State.PROPOSED, why, who=peer.name, sites=sites, **said)
                 known = False
             elif row.sites is not None and not draft:
-                row.sites = None if sites is None else sorted({*row.sites, *sites})
+                more = None if sites is None else sorted({*row.sites, *sites})
+                if more != row.sites:
+                    whom = "all sites" if more is None else ", ".join(more)
+                    why = f"proposed to {whom} by {peer.name}"
+                    note(session, row.digest, row.state, row.state, why, who=peer.name)
+                    row.sites = more
         return {
             "digest": study.digest,
             "name": study.name,

@@ -14,7 +14,7 @@ from consilium_common.identity.keys import public_fingerprint
 from consilium_common.wire import methods
 from consilium_server.gateway import Service
 from consilium_server.home import ServerHome
-from consilium_server.members import certify_invitation, revoke_member
+from consilium_server.members import certify_invitation, revocation, revoke_member
 from consilium_server.overview import people_overview, sites_overview
 from consilium_server.peers import Peer
 from consilium_server.registry import Registry
@@ -67,4 +67,4 @@ class RegistrarServices:
     async def revoke(self, peer: Peer, request: dict[str, Any]) -> Any:
         """Revoke a member: its calls are refused from now on, open ones within two seconds."""
         member = await asyncio.to_thread(revoke_member, self.registry, text(request, "name"))
-        return {"name": member.name, "role": member.role, "status": member.status}
+        return revocation(member)
