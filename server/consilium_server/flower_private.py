@@ -145,6 +145,40 @@ def has_message(content: bytes) -> bool:
     return bool(PullMessagesResponse.FromString(content).messages_list)
 
 
+def messages_in(content: bytes) -> list[tuple[str, int, frozenset[str]]]:
+    """Return of each message in a PullMessages response its id, its run and its objects' ids."""
+    from flwr.proto.fleet_pb2 import PullMessagesResponse
+
+    found = PullMessagesResponse.FromString(content)
+    named: set[str] = set()
+    pending = list(found.message_object_trees)
+    while pending:
+        tree = pending.pop()
+        named.add(tree.object_id)
+        pending.extend(tree.children)
+    return [
+        (one.metadata.message_id, one.metadata.run_id, frozenset(named))
+        for one in found.messages_list
+    ]
+
+
+def asked_after(call: str, body: bytes) -> tuple[int, str | None]:
+    """Return the run that a Fleet request names, and the object where it names one.
+
+    ``call`` is GetRun, GetFab, PullObject or ConfirmMessageReceived, and the body a request of it.
+    """
+    from flwr.proto import fab_pb2, message_pb2, run_pb2
+
+    if call == "PullObject":
+        pull = message_pb2.PullObjectRequest.FromString(body)
+        return pull.run_id, pull.object_id
+    if call == "ConfirmMessageReceived":
+        confirmed = message_pb2.ConfirmMessageReceivedRequest.FromString(body)
+        return confirmed.run_id, confirmed.message_object_id
+    kind = run_pb2.GetRunRequest if call == "GetRun" else fab_pb2.GetFabRequest
+    return kind.FromString(body).run_id, None
+
+
 def objects_to_push(response: bytes) -> list[str]:
     """Return the ids of the objects that a PushMessages response asks for."""
     from flwr.proto.fleet_pb2 import PushMessagesResponse

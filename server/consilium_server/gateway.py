@@ -38,6 +38,7 @@ from consilium_server.flower_private import (
     node_key_bytes,
     public_key_header,
 )
+from consilium_server.handed import HandedOut
 from consilium_server.limits import Allowances, Call, Limits, Meter
 from consilium_server.outliving import Outliving
 from consilium_server.peers import Doorkeeper, Peer, while_admitted
@@ -100,6 +101,7 @@ class Gateway:
         self._limits = limits or Limits()
         self._meter = Meter(self._limits)
         self._allowances = Allowances(self._limits)
+        self._handed = HandedOut()
         self._server: grpc.aio.Server | None = None
         self._watch: asyncio.Task[None] | None = None
 
@@ -255,9 +257,11 @@ class Gateway:
             if pulled.receipt:
                 if not pulled.again:
                     self._allowances.message(node)
+                    self._handed.note(node, pulled.content)
                 return pulled.content, ((PULLED_KEY, pulled.receipt),)
             status, content = pulled.status, pulled.content
         else:
+            self._handed.require(node, call, body)
             if call in ("PushObject", "PushMessages"):
                 self._allowances.charge(node, len(body))
             # When the line breaks now, what the SuperLink takes is noted all the same.

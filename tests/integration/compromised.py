@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import threading
 import time
@@ -117,7 +118,8 @@ class Compromised(SuperLink):
         end = time.monotonic() + 10
         while not self.waiting and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        return Pulled(*await self.forward("PullMessages", body, headers))
+        status, content = await self.forward("PullMessages", body, headers)
+        return Pulled(status, content, hashlib.sha256(content).hexdigest() if content else "")
 
     def _answer(self, call: str, body: bytes, metadata: dict[str, str]) -> bytes:
         said = super()._answer(call, body, metadata)

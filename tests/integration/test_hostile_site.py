@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from egress_samples import reference
 from federation import Federation, add_hospitals, small_study, wait_for
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -22,13 +23,12 @@ from hostile import Hostile, Refused, Task, give_up
 
 from consilium_common.demo.hospitals import NAMES
 from consilium_common.errors import ConsiliumError
+from consilium_common.flower_bundle import bundle_hash
 from consilium_common.identity.keys import new_signing_key
 from consilium_common.ledger.entries import _signed_message
 from consilium_common.models.weights import pack, unpack
 from consilium_common.wire.messages import Reference, to_server
-from consilium_common.wire.methods import (
-    SITE_WITNESS,
-)
+from consilium_common.wire.methods import SITE_STUDIES, SITE_WITNESS
 
 HONEST, HOSTILE = NAMES[1], NAMES[2]
 #: All that the replies to a site's last four messages may have together.
@@ -318,22 +318,59 @@ def consortium_alarms(consortium: Federation) -> dict[str, list[dict[str, str]]]
     return {row["name"]: row["alarms"] for row in rows if row["alarms"]}
 
 
-def test_it_can_push_no_code_and_reach_no_one_else_s_run(hostile: Hostile) -> None:
+def test_it_can_push_no_code(hostile: Hostile) -> None:
     for name in ("StartRun", "PushFab", "ListNodes"):
         with pytest.raises(Refused, match="UNIMPLEMENTED"):
             hostile.call(name, b"")
-    with pytest.raises(Refused):
-        hostile.fleet("GetFab", node={"node_id": hostile.node}, run_id=1, hash_str="f" * 64)
 
 
-def test_the_honest_site_goes_on_as_if_nothing_had_been(
-    consortium: Federation, found: dict[str, Any], tmp_path: Path
+def run_of(consortium: Federation, digest: str) -> int:
+    """Return the running study's run as Flower names it; 0 before there is one."""
+    with sqlite3.connect(f"file:{consortium.home / 'registry.db'}?mode=ro", uri=True) as database:
+        (run,) = database.execute(
+            "SELECT flower_run FROM studies WHERE digest = ?", (digest,)
+        ).fetchone()
+    return int(run or 0)
+
+
+def trespass(consortium: Federation, hostile: Hostile, digest: str) -> None:
+    """Try what a member might of a study that was proposed to another alone, its run known."""
+    run = {"node": {"node_id": hostile.node}, "run_id": run_of(consortium, digest)}
+    assert run["run_id"]
+    assert digest not in json.dumps(hostile.caller.call(SITE_STUDIES, {}))
+    for call, values in (
+        ("GetRun", {}),
+        ("GetFab", {"hash_str": bundle_hash()}),
+        ("PullObject", {"object_id": "f" * 64}),
+        ("ConfirmMessageReceived", {"message_object_id": "f" * 64}),
+    ):
+        with pytest.raises(Refused, match=r"^run\.not-expected$"):
+            hostile.fleet(call, **run, **values)
+    content = b"x" * 1000
+    for reach in (
+        lambda: hostile.fetch(digest, reference(content)),
+        lambda: hostile.deliver(digest, content),
+    ):
+        with pytest.raises(Refused, match=r"^study\.not-approved$"):
+            reach()
+    assert consortium.show(digest)["state"] == "running"
+
+
+def test_the_honest_site_goes_on_alone_and_nobody_else_is_in_its_study(
+    consortium: Federation, hostile: Hostile, found: dict[str, Any], tmp_path: Path
 ) -> None:
     assert found["state"] == "finished"
-    digest = consortium.propose(small_study("afterwards", federation={"rounds": 1, "quorum": 1}))
+    path = tmp_path / "study.yaml"
+    federation = {"rounds": 12, "quorum": 1}
+    path.write_text(yaml.safe_dump(small_study("afterwards", federation=federation)))
+    digest = consortium.study("propose", path, "--site", HONEST).data["digest"]
     consortium.approve(digest, HONEST)
     consortium.study("run", digest).data  # noqa: B018
+    # Before its rounds begin, Flower answers nobody about a run.
+    consortium.wait_until(digest, lambda data: bool(data["rounds"]), "the first round")
+    trespass(consortium, hostile, digest)
     after = consortium.study("watch", digest).data
-    assert [row["sites"] for row in after["rounds"]] == [[HONEST]]
+    assert [row["sites"] for row in after["rounds"]] == [[HONEST]] * 12
+    assert all(row["dropped"] == {} for row in after["rounds"])
     assert consortium.running is not None
     assert not consortium.running.ended()

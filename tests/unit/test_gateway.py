@@ -353,16 +353,66 @@ def node_key(credentials: Credentials) -> str:
 
 
 def test_a_fleet_call_passes_with_its_bytes_and_flowers_status(house: House) -> None:
+    from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
     from flwr.proto.node_pb2 import Node
-    from flwr.proto.run_pb2 import GetRunRequest
 
     credentials = house.add()
-    body = GetRunRequest(node=Node(node_id=NODE), run_id=9).SerializeToString()
+    body = SendNodeHeartbeatRequest(node=Node(node_id=NODE)).SerializeToString()
     house.superlink = lambda _: (409, b"conflict")
     assert house.ask(
-        credentials, fleet_method("GetRun"), body, flwr_public_key=node_key(credentials)
+        credentials, fleet_method("SendNodeHeartbeat"), body, flwr_public_key=node_key(credentials)
     ) == ("OK", "409", b"conflict")
-    assert house.forwarded == [("GetRun", body)]
+    assert house.forwarded == [("SendNodeHeartbeat", body)]
+
+
+def test_a_site_may_ask_after_what_it_was_handed_itself_and_nothing_else(house: House) -> None:
+    from flwr.proto import fab_pb2, message_pb2, run_pb2
+    from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
+    from flwr.proto.node_pb2 import Node
+
+    credentials, node = house.add(), Node(node_id=NODE)
+    handed = PullMessagesResponse(
+        messages_list=[
+            message_pb2.Message(metadata=message_pb2.Metadata(message_id="asked", run_id=9))
+        ],
+        message_object_trees=[
+            message_pb2.ObjectTree(
+                object_id="asked", children=[message_pb2.ObjectTree(object_id="settings")]
+            )
+        ],
+    )
+
+    async def asks(call: str, request: Any) -> str:
+        body, key = request.SerializeToString(), node_key(credentials)
+        said = await house.call(credentials, fleet_method(call), body, flwr_public_key=key)
+        return " ".join(said[:2]).strip()
+
+    async def about(run: int, name: str) -> list[str]:
+        of_run = {"node": node, "run_id": run}
+        confirm = message_pb2.ConfirmMessageReceivedRequest(**of_run, message_object_id=name)
+        return [
+            await asks("GetRun", run_pb2.GetRunRequest(**of_run)),
+            await asks("GetFab", fab_pb2.GetFabRequest(**of_run)),
+            await asks("PullObject", message_pb2.PullObjectRequest(**of_run, object_id=name)),
+            await asks("ConfirmMessageReceived", confirm),
+        ]
+
+    refused = "FAILED_PRECONDITION run.not-expected"
+
+    async def scenario() -> None:
+        nonlocal credentials, node
+        assert await about(9, "asked") == 4 * [refused]
+        assert house.forwarded == []
+        house.superlink = lambda call: (200, handed.SerializeToString() * (call == "PullMessages"))
+        assert await asks("PullMessages", PullMessagesRequest(node=node)) == "OK"
+        assert await about(9, "asked") == await about(9, "settings") == 4 * ["OK"]
+        assert await about(9, "another site's") == ["OK", "OK", refused, refused]
+        assert await about(8, "asked") == 4 * [refused]
+        # What came to one site is nothing to another.
+        credentials, node = house.add(name="south", node_id=NODE + 1), Node(node_id=NODE + 1)
+        assert await about(9, "asked") == 4 * [refused]
+
+    house.run(scenario)
 
 
 def test_a_reply_that_names_another_node_as_its_own_never_reaches_flower(
