@@ -100,7 +100,7 @@ class Limits(BaseModel):
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.keepalive_permit_without_calls", 1),
-            # Sites ping every 30 s. On a busy machine several pings may be read at once, and a
+            # Sites ping every 20 s. On a busy machine several pings may be read at once, and a
             # site that asked for calm would lose its calls for nothing: so a few are forgiven.
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
             ("grpc.http2.max_ping_strikes", 20),

@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from typing import Any, Final, Protocol, TypeVar
 
 from consilium_common.canonical import canonical_json
@@ -88,8 +89,15 @@ class Transfers:
         # Opened once: replaced or removed meanwhile, it is still the same file.
         with path.open("rb", buffering=0) as stream:
             stream.seek(offset)
-            while piece := await self._apart(stream.read, CHUNK_BYTES):
-                await self._in_turn(line.write, piece)
+            while await self._in_turn(self._send, stream, line):
+                pass
+
+    async def _send(self, stream: FileIO, line: Line) -> bool:
+        # Read in its turn only: whoever waits for one holds no piece in memory.
+        piece = await self._apart(stream.read, CHUNK_BYTES)
+        if piece:
+            await line.write(piece)
+        return bool(piece)
 
     async def deliver(self, peer: Peer, line: Line) -> None:
         """Take the update that a site was asked for.

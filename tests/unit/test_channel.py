@@ -24,7 +24,7 @@ from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import SERVER_NAME, Role
 from consilium_common.identity.keys import new_tls_key, private_pem
 from consilium_common.processes import free_port
-from consilium_common.wire.channel import CHANNEL_OPTIONS, Caller, Credentials
+from consilium_common.wire.channel import Caller, Credentials
 from consilium_common.wire.methods import MEMBER_TRUST, OPERATOR_RUN, SITE_HELLO
 from consilium_common.wire.proxy import (
     Proxy,
@@ -431,16 +431,3 @@ def test_a_login_that_others_can_read_or_that_is_none_is_refused(tmp_path: Path)
 def test_children_get_no_proxy_and_no_password_of_one() -> None:
     environment = {"HTTPS_PROXY": "http://u:p@x:1", "all_proxy": "x", "NO_PROXY": "y", "PATH": "z"}
     assert without_proxies(environment) == {"NO_PROXY": "y", "PATH": "z"}
-
-
-def test_keep_alives_come_more_often_than_firewalls_forget_and_the_port_permits_them() -> None:
-    from consilium_server.limits import Limits
-
-    options = dict(CHANNEL_OPTIONS)
-    server = dict(Limits().for_grpc())
-    # NAT and firewalls commonly forget idle connections after 60 s or more.
-    assert options["grpc.keepalive_time_ms"] < 60_000
-    assert options["grpc.keepalive_permit_without_calls"] == 1
-    assert options["grpc.http2.max_pings_without_data"] == 0
-    least = server["grpc.http2.min_recv_ping_interval_without_data_ms"]
-    assert least < options["grpc.keepalive_time_ms"]

@@ -214,19 +214,19 @@ def test_pieces_come_no_faster_than_the_site_may_upload(monkeypatch: pytest.Monk
         limits = Limits(upload_bytes_per_second=4.0 * MIB, upload_burst_bytes=8 * MIB)
         meter = Meter(limits, clock)
         async with meter.call("a") as one, meter.call("a") as two, meter.call("b") as other:
-            for _ in range(20):
+            for _ in range(20 * MIB // CHUNK_BYTES):
                 for call in (one, two):  # two streams share what one site has
                     await call.wait_for_debt()
                     call.took_piece(CHUNK_BYTES)
             before = clock.now
-            for _ in range(8):
+            for _ in range(8 * MIB // CHUNK_BYTES):
                 await other.wait_for_debt()
                 other.took_piece(CHUNK_BYTES)
             assert clock.now == before
 
     asyncio.run(scenario())
-    # 40 MiB: 8 at once, the last may be owed, and 31 at 4 a second.
-    assert clock.now == pytest.approx(31 / 4)
+    # 40 MiB: 8 at once, the last piece may be owed, and the rest at 4 a second.
+    assert clock.now == pytest.approx((32 - CHUNK_BYTES / MIB) / 4)
 
 
 def test_the_defaults_let_a_hundred_million_parameters_through_on_a_fast_line() -> None:

@@ -138,6 +138,20 @@ class Caller:
         return grpc.secure_channel(target, self._credentials.for_grpc(), options=options)
 
 
+def said_in(error: Any) -> ConsiliumError | None:
+    """Return the error that the other side sent with a failed gRPC call; None: it sent none.
+
+    What cannot be read is ``network.bad-answer``: whoever is there need not mean well.
+    """
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_KEY:
+            try:
+                return ConsiliumError.from_dict(json.loads(value))
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                return ConsiliumError("network.bad-answer", "The other side's error is none.")
+    return None
+
+
 def rpc_error(
     error: Any,
     address: str,
@@ -153,12 +167,11 @@ def rpc_error(
     """
     from consilium_common.wire.unavailable import no_way, why_refused, why_unavailable
 
-    for key, value in error.trailing_metadata() or ():
-        if key == ERROR_KEY:
-            said = ConsiliumError.from_dict(json.loads(value))
-            if said.code == "identity.refused" and credentials is not None:
-                return why_refused(address, credentials, method)
-            return said
+    said = said_in(error)
+    if said is not None:
+        if said.code == "identity.refused" and credentials is not None:
+            return why_refused(address, credentials, method)
+        return said
     code = error.code()
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         # Where packets vanish on the way, gRPC's time is up before it says so.

@@ -136,8 +136,9 @@ ERROR_KEY: Final = "consilium-error-bin"
 
 #: Largest message either way: a piece of public starting weights, a page of records.
 MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024
-#: Bytes of one message of a stream.
-CHUNK_BYTES: Final = 1024 * 1024
+#: Bytes of one message of a stream. Of two hundred slow lines the aggregator holds a few each:
+#: four times as large, it needed twice the memory, and was a third faster.
+CHUNK_BYTES: Final = 256 * 1024
 
 
 def fleet_method(call: str) -> str:
