@@ -265,7 +265,7 @@ def _review_lines(found: Review) -> list[str]:
         *found.price.sentences(),
         "",
         *(
-            ["No version of this study was approved here before."]
+            ["No other version of this study was approved here before."]
             if found.change is None
             else found.change.lines()
         ),

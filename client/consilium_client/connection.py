@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from consilium_client.identity import SiteIdentity
 from consilium_common.errors import ConsiliumError
-from consilium_common.wire.channel import aio_channel, rpc_error
-from consilium_common.wire.methods import ERROR_KEY
+from consilium_common.wire.channel import aio_channel, rpc_error, said_in
+from consilium_common.wire.methods import HTTP_STATUS_KEY
 from consilium_common.wire.tls13 import grpc
 
 _log = logging.getLogger(__name__)
@@ -170,8 +170,21 @@ class UnaryCall:
 
 def _refused_at_the_door(error: grpc.aio.AioRpcError) -> bool:
     """Whether the aggregator refused the certificate, and so did nothing of what was asked."""
-    for key, value in error.trailing_metadata() or ():
-        if key == ERROR_KEY:
-            with contextlib.suppress(ValueError, AttributeError):
-                return str(json.loads(value).get("code", "")).startswith("identity.")
-    return False
+    said = said_in(error)
+    return said is not None and said.code.startswith("identity.")
+
+
+def http_status(trailing: Mapping[str, Any]) -> int:
+    """Return the SuperLink's HTTP status, which came behind the answer to a Fleet call.
+
+    Raises
+    ------
+    ConsiliumError
+        ``network.bad-answer``.
+    """
+    try:
+        return HTTPStatus(int(trailing.get(HTTP_STATUS_KEY, HTTPStatus.OK))).value
+    except ValueError as error:
+        raise ConsiliumError(
+            "network.bad-answer", "The aggregator's status is none of HTTP's."
+        ) from error

@@ -22,6 +22,7 @@ from consilium_common.ledger.entries import Purpose
 from consilium_common.models.weights import TensorSpec
 from consilium_common.privacy.events import PrivacyEvent
 from consilium_common.study import Study
+from consilium_common.wire.proxy import without_proxies
 
 #: Importing torch from a slow disk takes a while; nothing takes this long.
 _SECONDS: Final = 300.0
@@ -160,7 +161,11 @@ class Apart:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                env={
+                    **without_proxies(os.environ),
+                    "CUDA_VISIBLE_DEVICES": "",
+                    "OMP_NUM_THREADS": "1",
+                },
             )
         if self._stopped:
             self._process.kill()

@@ -8,6 +8,7 @@ objects. Before it leaves, its receipt is on the disk.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from consilium_client.budget.policy import load_policy
 from consilium_client.declared import Declarations
 from consilium_client.error_replies import error_reason, listed_code
 from consilium_client.flower_private_fleet import (
@@ -31,6 +33,7 @@ from consilium_client.flower_private_fleet import (
 )
 from consilium_client.home import SiteHome
 from consilium_client.receipts import Receipts
+from consilium_client.standing import now_here, require_within_bounds
 from consilium_client.store import Decision, StoredUpdate, StudyStore, still_stands
 from consilium_common.audit.receipts import Paid, Receipt, Release, SentTensor
 from consilium_common.canonical import canonical_json, digest
@@ -104,6 +107,9 @@ class EgressGate:
         Returns the site's ledger key, which signs the receipts.
     declarations : Declarations, optional
         What studies declare (default: computed by a process of its own).
+    clock : callable
+        Returns the time by which the hours of an automatic approval count (default: this
+        machine's).
     """
 
     def __init__(
@@ -112,11 +118,14 @@ class EgressGate:
         site: str,
         signer: Callable[[], Ed25519PrivateKey],
         declarations: Declarations | None = None,
+        *,
+        clock: Callable[[], dt.datetime] = now_here,
     ) -> None:
         self._home = home
         self._site = site
         self._signer = signer
         self._declarations = declarations or Declarations()
+        self._clock = clock
         self._store = StudyStore(home)
         self._ledger: Ledger | None = None
         self._receipts: Receipts | None = None
@@ -161,8 +170,9 @@ class EgressGate:
         Raises
         ------
         ConsiliumError
-            ``privacy.egress``, ``study.not-approved``, ``study.withheld``, ``privacy.*`` of the
-            ledger and the receipts, ``state.*``: nothing leaves.
+            ``privacy.egress``, ``study.not-approved``, ``study.withheld``, those of
+            :func:`~consilium_client.standing.require_within_bounds`, ``privacy.*`` of the ledger
+            and the receipts, ``state.*``: nothing leaves.
         """
         with self._lock:
             passed = self._judge(asked, announced, node_id)
@@ -198,14 +208,18 @@ class EgressGate:
             )
 
     def require_standing(self, passed: Passed) -> None:
-        """Raise when the site has withdrawn meanwhile, or has decided anew about the study.
+        """Raise when the site has withdrawn meanwhile, or has decided anew about the study, or
+        when what the policy approved by itself is no longer within its bounds.
 
-        What was under way at a withdrawal is withheld for good, also from a later approval.
-        Raises ``study.withdrawn``, ``study.decided-anew``.
+        What was under way at a withdrawal is withheld for good, also from a later approval. What
+        is outside a bound waits: it leaves when its round asks again and every bound holds.
+        Raises ``study.withdrawn``, ``study.decided-anew``, and those of
+        :func:`~consilium_client.standing.require_within_bounds`.
         """
         if passed.approval is not None:
             found = self._store.decision(passed.approval.study.digest)
             still_stands(passed.approval, found)
+            self._require_within_bounds(passed.approval)
 
     def kept_back(self, asked: Asked, passed: Passed) -> None:
         """Note that a reply that was let out does not leave: an error may take its place."""
@@ -240,6 +254,7 @@ class EgressGate:
         if purpose is None:
             raise refusal("a reply of a kind that no study has")
         approval = self._store.approved(instructions.study)
+        self._require_within_bounds(approval)
         study = approval.study
         if purpose == "evaluation":
             nothing = outgoing(asked, node_id, content=to_server(None, None))
@@ -278,6 +293,11 @@ class EgressGate:
         receipt = self._open_receipts().issue(release)
         return Passed(reply, approval, receipt, None if named is None else update.file, named)
 
+    def _require_within_bounds(self, approval: Decision) -> None:
+        if approval.automatic is not None:
+            # Read afresh: a bound may have been narrowed since the update was stored.
+            require_within_bounds(approval, load_policy(self._home), self._clock())
+
     def _checked_figures(self, study: Study, update: StoredUpdate) -> dict[str, float]:
         """Return the figures of a release, which are exactly those that may leave."""
         figures = update.figures
@@ -297,11 +317,9 @@ class EgressGate:
             raise refusal("figures that the study does not release")
         if not all(type(value) is float and math.isfinite(value) for value in figures.values()):
             raise refusal("a figure that is no finite number")
-        if figures and study.privacy.mode == "none":
-            from consilium_client.budget.policy import load_policy
-
-            if not load_policy(self._home).release_exact_metrics:
-                raise refusal("exact figures that the site's policy keeps here")
+        exact = figures and study.privacy.mode == "none"
+        if exact and not load_policy(self._home).release_exact_metrics:
+            raise refusal("exact figures that the site's policy keeps here")
         return dict(figures)
 
     def _paid(self, study: Study, update: StoredUpdate) -> Paid | None:

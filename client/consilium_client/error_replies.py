@@ -34,8 +34,8 @@ PUBLIC_CODES: Final = frozenset(
         "run": "bad-message bad-update cohort-size declared diverged foreign-bundle no-model "
         "not-expected round site-failed worker-busy worker-died",
         "state": "bad-config busy device disk folder patient-key precision quota receipts store",
-        "study": "decided-anew invalid network not-approved patches start trainable withdrawn "
-        "withheld",
+        "study": "automatic-bounds automatic-ended decided-anew invalid network not-approved "
+        "outside-hours patches start trainable withdrawn withheld",
     }.items()
     for name in names.split()
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 
 from consilium_client.home import SiteHome
 from consilium_common import __version__
@@ -84,12 +84,19 @@ def read_greeting(content: bytes) -> Greeting:
         return Greeting(
             version=str(answer["version"])[:40],
             running=running,
-            time=datetime.fromisoformat(answer["time"]),
+            time=datetime.fromisoformat(answer["time"]).astimezone(UTC),
             trust=str(answer["trust"]),
             renew=answer["renew"] is True,
             benched={_said(one): _said(why) for one, why in answer.get("benched", {}).items()},
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ConsiliumError(
             "network.bad-answer",
             "The aggregator's answer to the greeting has another form than expected.",

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from consilium_client.connection import Connection
+from consilium_client.connection import Connection, http_status
 from consilium_client.egress import EgressGate, Passed, public_progress
 from consilium_client.faults import fault_point
 from consilium_client.fleet_calls import FleetCalls
@@ -43,10 +43,9 @@ from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
 from consilium_common.identity.keys import load_tls_key
+from consilium_common.wire.channel import said_in
 from consilium_common.wire.methods import (
-    ERROR_KEY,
     FLEET_CALL_BY_PATH,
-    HTTP_STATUS_KEY,
     PROTOBUF_MEDIA_TYPE,
     PULLED_KEY,
     SITE_HELLO,
@@ -179,6 +178,8 @@ class Link:
         if call == "ActivateNode":
             node = {"node_id": self._calls.own_node()}
             write_atomic(self._home.run / "node.json", json.dumps(node).encode())
+        if call == "DeactivateNode":
+            (self._home.run / "node.json").unlink(missing_ok=True)
         if call == "PullMessages":
             self._replied_before = self._replied_at()
         if call == "ConfirmMessageReceived":
@@ -281,23 +282,20 @@ class Link:
         content: bytes = await invoke
         trailing = dict(await invoke.trailing_metadata() or ())
         self._pulled = str(trailing.get(PULLED_KEY, self._pulled))
-        return int(trailing.get(HTTP_STATUS_KEY, 200)), content
+        return http_status(trailing), content
 
     async def _failed(self, error: Any) -> int:
         """Return the HTTP status that makes the SuperNode do the right thing."""
-        for key, value in error.trailing_metadata() or ():
-            if key == ERROR_KEY:
-                reason = ConsiliumError.from_dict(json.loads(value))
-                if reason.code.startswith("identity."):
-                    if self._connected:
-                        # After a new start the aggregator knows the site and not its node. Should
-                        # it refuse the site itself, the next greeting learns that, and says so.
-                        _log.warning("the aggregator knows this SuperNode no more; it joins again")
-                    else:
-                        reason = await self._connection.explain(error)
-                        self._say(f"the aggregator refuses this site: {reason}")
-                    return 401  # the SuperNode ends; the supervisor tries again, slowly
-                return 503
+        reason = said_in(error)
+        if reason is not None and reason.code.startswith("identity."):
+            if self._connected:
+                # After a new start the aggregator knows the site and not its node. Should it
+                # refuse the site itself, the next greeting learns that, and says so.
+                _log.warning("the aggregator knows this SuperNode no more; it joins again")
+            else:
+                reason = await self._connection.explain(error)
+                self._say(f"the aggregator refuses this site: {reason}")
+            return 401  # the SuperNode ends; the supervisor tries again, slowly
         return 503  # the SuperNode tries again
 
     async def _until_reached(self) -> None:
@@ -365,8 +363,8 @@ class Link:
                     await invoke(canonical_json(public), timeout=5)
                 seen = content
 
-    async def free_node(self) -> None:
-        """Deactivate the node that a killed predecessor left active.
+    async def free_node(self, seconds: float = 5.0) -> None:
+        """Deactivate the node that a SuperNode left active: killed, or stopped as it began.
 
         Flower counts a vanished SuperNode as online for up to a minute and refuses its key
         meanwhile; the key's owner may end that at once.
@@ -381,7 +379,7 @@ class Link:
             await self._connection.unary(fleet_method("DeactivateNode"))(
                 deactivate_request(node_id),
                 metadata=node_headers(self._key, self._clock_ahead),
-                timeout=5,
+                timeout=seconds,
             )
         path.unlink(missing_ok=True)
 

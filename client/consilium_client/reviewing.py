@@ -67,7 +67,7 @@ class Review:
     price: Price
     cases: OnCases  #: on which cases; stays here
     cost: Cost  #: what leaves, and ε of the whole study at its own δ
-    change: Change | None  #: None: no version before this one is known
+    change: Change | None  #: None: no other version of it was approved here
 
 
 def review(
@@ -92,7 +92,7 @@ def review(
         declares :func:`declared_evaluation_size`. Only for a study that releases noised figures.
     against : str, optional
         Name or first digits of the study to compare with (default: the one of the same name that
-        this site approved last).
+        this site approved last, withdrawn from since or not).
     say : callable, optional
         Takes a line on how much room the prepared cases will take, before they are made.
 
@@ -167,13 +167,13 @@ def _version_before(
     decisions = StudyStore(home).decisions()
     if against is None:
         approved = [
-            one.study
+            (one.approved_at, one.study)
             for one in decisions
-            if one.decision == "approved"
+            if one.approved_at is not None
             and one.study.name == study.name
             and one.study.digest != study.digest
         ]
-        return approved[-1] if approved else None
+        return max(approved, key=lambda one: one[0])[1] if approved else None
     # Whatever this site has decided about, and whatever is proposed now.
     studies = [*(one.study for one in decisions), *(one.study for one in known)]
     everything = {one.digest: one for one in studies}

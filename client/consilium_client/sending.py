@@ -84,7 +84,7 @@ class Sendings:
         ------
         ConsiliumError
             ``privacy.egress`` unless the object is of a reply under way and the content is the
-            object it is named; ``study.withdrawn`` or ``study.decided-anew``.
+            object it is named; those of :meth:`EgressGate.require_standing`.
         """
         request = read_request("PushObject", body)
         theirs = str(request.object_id)

@@ -25,7 +25,7 @@ from consilium_common.study import Study
 
 _DECISIONS: Final = (
     "SELECT digest, canonical, decision, cohort_size, decided_at, evaluation_size, left_out,"
-    " why, automatic FROM decisions"
+    " why, automatic, approved_at FROM decisions"
 )
 
 
@@ -44,6 +44,8 @@ class Decision:
     #: Of an approval that the policy gave by itself: what its bounds were held against. They are
     #: held against it again before every round. None: a person decided.
     automatic: Asked | None = None
+    #: When it was approved last, taken back since or not. None: it never was.
+    approved_at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,24 +117,28 @@ class StudyStore:
             ``study.decided`` for an automatic approval where there is a decision already: what a
             person has decided no machine replaces.
         """
+        now = _now()
         with self._connect() as connection:
             connection.execute("BEGIN IMMEDIATE")
-            if automatic is not None and _decision_of(connection, study.digest) is not None:
+            before = _decision_of(connection, study.digest)
+            if automatic is not None and before is not None:
                 raise decided_already()
+            approved_at = None if before is None else before.approved_at
             connection.execute(
                 "INSERT OR REPLACE INTO decisions (digest, canonical, decision, cohort_size, why,"
-                " decided_at, evaluation_size, left_out, automatic, told)"
-                " VALUES (?,?,?,?,?,?,?,?,?,0)",
+                " decided_at, evaluation_size, left_out, automatic, approved_at, told)"
+                " VALUES (?,?,?,?,?,?,?,?,?,?,0)",
                 (
                     study.digest,
                     json.dumps(study.to_canonical()),
                     decision,
                     cohort_size,
                     why,
-                    _now(),
+                    now,
                     evaluation_size,
                     json.dumps(sorted(left_out)),
                     None if automatic is None else json.dumps(asdict(automatic)),
+                    now if decision == "approved" else approved_at,
                 ),
             )
             if decision != "approved":
@@ -387,7 +393,8 @@ def _decision_of(connection: sqlite3.Connection, digest: str) -> Decision | None
 
 
 def _decision(row: tuple[Any, ...]) -> Decision:
-    _, canonical, decision, cohort_size, decided_at, evaluation_size, left_out, why, automatic = row
+    _, canonical, decision, cohort_size, decided_at, evaluation_size, left_out, why, *more = row
+    automatic, approved_at = more
     return Decision(
         Study.model_validate(json.loads(canonical)),
         decision,
@@ -397,6 +404,7 @@ def _decision(row: tuple[Any, ...]) -> Decision:
         frozenset(json.loads(left_out)),
         why,
         None if automatic is None else Asked(**json.loads(automatic)),
+        approved_at,
     )
 
 

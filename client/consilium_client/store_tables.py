@@ -23,7 +23,7 @@ CREATE TABLE IF NOT EXISTS decisions (
     digest TEXT PRIMARY KEY, canonical TEXT NOT NULL, decision TEXT NOT NULL,
     cohort_size INTEGER NOT NULL, why TEXT NOT NULL, decided_at TEXT NOT NULL,
     evaluation_size INTEGER NOT NULL DEFAULT 0, left_out TEXT NOT NULL DEFAULT '[]',
-    automatic TEXT, told INTEGER NOT NULL DEFAULT 1
+    automatic TEXT, told INTEGER NOT NULL DEFAULT 1, approved_at TEXT
 )""",
     _UPDATES,
 )
@@ -44,6 +44,15 @@ _MIGRATIONS: Final = (
             "ALTER TABLE decisions ADD COLUMN automatic TEXT",
             # What an earlier release decided, it has told.
             "ALTER TABLE decisions ADD COLUMN told INTEGER NOT NULL DEFAULT 1",
+        ),
+    ),
+    (
+        "decisions",
+        "approved_at",
+        (
+            "ALTER TABLE decisions ADD COLUMN approved_at TEXT",
+            # An earlier release forgot approvals that were taken back.
+            "UPDATE decisions SET approved_at = decided_at WHERE decision = 'approved'",
         ),
     ),
     (

@@ -7,7 +7,8 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Final
 
 from consilium_client.autoapproval import approve_for_ever
 from consilium_client.endpoint import endpoint
@@ -25,6 +26,13 @@ from consilium_common.identity.loopback import make_loopback
 from consilium_common.processes import Child, flower_environment, free_port
 from consilium_common.service import Service
 from consilium_common.wire.proxy import without_proxies
+
+_log = logging.getLogger(__name__)
+
+#: For the goodbye of a SuperNode that was stopped before it knew its node.
+_GOODBYE_SECONDS: Final = 2.0
+#: After an error that nobody foresaw.
+_PAUSE_SECONDS: Final = 1.0
 
 
 async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
@@ -97,17 +105,17 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, stop.set)
             tasks += [
-                asyncio.create_task(work)
+                asyncio.create_task(_kept_up(work, say))
                 for work in (
-                    supernode.supervise(),
-                    executor.supervise(),
-                    link.hello_for_ever(),
-                    link.progress_for_ever(),
-                    witnessing.witness_for_ever(),
-                    renewal.renew_for_ever(),
-                    approve_for_ever(home, identity, say),
-                    tidy_for_ever(home, identity, say),
-                    service.alive_for_ever(),
+                    supernode.supervise,
+                    executor.supervise,
+                    link.hello_for_ever,
+                    link.progress_for_ever,
+                    witnessing.witness_for_ever,
+                    renewal.renew_for_ever,
+                    lambda: approve_for_ever(home, identity, say),
+                    lambda: tidy_for_ever(home, identity, say),
+                    service.alive_for_ever,
                 )
             ]
             say(f"site {identity.config.name} is running")
@@ -118,6 +126,7 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
             service.stopping()
             # The SuperNode says goodbye through the link, so the link goes last.
             await asyncio.gather(executor.stop(), supernode.stop())
+            await link.free_node(_GOODBYE_SECONDS)
             server.should_exit = True
             for task in tasks:
                 task.cancel()
@@ -130,3 +139,15 @@ async def _serve_quietly(server: object) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with contextlib.suppress(asyncio.CancelledError):
         await server.serve()  # type: ignore[attr-defined]
+
+
+async def _kept_up(work: Callable[[], Awaitable[None]], say: Callable[[str], None]) -> None:
+    """Do what is to be done as long as the site runs, whatever it fails by."""
+    while True:
+        try:
+            return await work()
+        except Exception as error:
+            # Nothing of what others send should come this far. If it does, the site goes on.
+            _log.exception("unforeseen")
+            say(f"an internal error ({type(error).__name__}) was survived; the log says where")
+        await asyncio.sleep(_PAUSE_SECONDS)

@@ -21,8 +21,9 @@ from consilium_client.received import Received, model_file, note_refusal
 from consilium_client.sealed import Sealed
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
+from consilium_common.wire.channel import said_in
 from consilium_common.wire.messages import Reference
-from consilium_common.wire.methods import CHUNK_BYTES, ERROR_KEY, SITE_DELIVER, SITE_FETCH
+from consilium_common.wire.methods import CHUNK_BYTES, SITE_DELIVER, SITE_FETCH
 from consilium_common.wire.tls13 import grpc
 
 _log = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ class Transfers:
         """Deliver an update; False when it is still under way after ``seconds``.
 
         Called again, it goes on waiting for the same delivery. ``still`` raises when the site
-        withdraws meanwhile: nothing more leaves then, and what has come there is no update.
+        withdraws meanwhile or a bound is passed: nothing more leaves then, and what has come
+        there is no update.
 
         Raises
         ------
@@ -237,12 +239,9 @@ def _held(answer: Any) -> int:
 
 def _refusal(error: Any) -> ConsiliumError | None:
     """Return what the aggregator refuses for good; None when it is worth trying again."""
-    for key, value in error.trailing_metadata() or ():
-        if key == ERROR_KEY:
-            said = ConsiliumError.from_dict(json.loads(value))
-            passing = said.code.startswith(("network.", "identity.", "state."))
-            return None if passing else said
-    return None
+    said = said_in(error)
+    passing = said is None or said.code.startswith(("network.", "identity.", "state."))
+    return None if passing else said
 
 
 def _disk(path: Path, error: OSError) -> ConsiliumError:

@@ -1,4 +1,4 @@
-"""Workers of running studies: forked warm, one per study, started again when they die."""
+"""Workers of running studies: forked warm, one per study, started again when they die or hang."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from consilium_client.home import SiteHome
+from consilium_client.store import StudyStore
 from consilium_client.worker import Answer, receive, request, send, work
 from consilium_common.errors import ConsiliumError
 from consilium_common.wire.messages import Instructions
@@ -31,12 +32,19 @@ _WARM_MODULES: Final = [
     "consilium_client.training.session",
 ]
 _STOP_SECONDS: Final = 3.0
+#: A worker may be silent for as long as a round of its study may take, and at least so long: what
+#: is done after a short deadline is stored, and sent when it is asked for again.
+_LEAST_SILENCE: Final = 600.0
+#: Work that tells no steps (evaluations, private rounds) may be silent for so many times as long.
+_WITHOUT_STEPS: Final = 2
 
 
 @dataclass
 class _Worker:
     process: ForkServerProcess
     connection: Connection
+    silence: float  #: seconds without a word after which it is taken to hang
+    steps: bool  #: whether it tells each step of a round
 
 
 class WorkerPool:
@@ -69,19 +77,48 @@ class WorkerPool:
     ) -> Answer:
         """Have one piece of work done; a worker that dies is replaced and asked once more.
 
-        Asking again is safe: a round that was stored is returned from the store, one that was only
-        charged is voided and charged anew.
+        So is one that lacks GPU memory while workers of other studies hold some: they are ended,
+        and start again when their turn comes. Asking again is safe: a round that was stored is
+        returned from the store, one that was only charged is voided and charged anew.
 
         Raises
         ------
         ConsiliumError
-            The worker's own, or ``run.worker-died`` when it died twice.
+            The worker's own; ``run.worker-died`` when it died twice; ``run.worker-hung`` when it
+            was ended because nothing came of it: others wait for this process.
         """
+        try:
+            return self._do(kind, instructions, model, progress)
+        except ConsiliumError as error:
+            if error.code != "run.out-of-memory" or not self._workers:
+                raise
+            # They wait for their next rounds with their models on the GPU.
+            _log.warning("GPU memory is short: the workers of other studies are ended")
+            self.end_all_but(set())
+        return self._do(kind, instructions, model, progress)
+
+    def _do(
+        self,
+        kind: str,
+        instructions: Instructions,
+        model: Path | None,
+        progress: Callable[[int, int], None],
+    ) -> Answer:
         for _ in range(2):
             worker = self._worker(instructions.study)
             try:
                 send(worker.connection, request(kind, instructions, model))
-                answer = self._wait(worker, progress)
+                told = kind == "train" and worker.steps
+                silence = worker.silence * (1 if told else _WITHOUT_STEPS)
+                answer = self._wait(worker, progress, silence)
+            except TimeoutError as silent:
+                _log.error("the worker of %s hangs and is ended", instructions.study[:12])
+                self._end(instructions.study)
+                raise ConsiliumError(
+                    "run.worker-hung",
+                    f"The training process was ended: nothing came of it for {silence:.0f} s.",
+                    hint="See worker.log, and whether disk and GPU answer.",
+                ) from silent
             except (EOFError, OSError):
                 _log.error("the worker of %s died", instructions.study[:12])
                 self._end(instructions.study)
@@ -108,6 +145,7 @@ class WorkerPool:
         if worker is not None and worker.process.is_alive():
             return worker
         self._end(digest)
+        study = StudyStore(self._home).approved(digest).study
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
             target=work,
@@ -116,11 +154,16 @@ class WorkerPool:
         )
         process.start()
         theirs.close()
-        self._workers[digest] = _Worker(process, ours)
+        silence = max(study.federation.longest_seconds, _LEAST_SILENCE)
+        self._workers[digest] = _Worker(process, ours, silence, study.privacy.mode == "none")
         return self._workers[digest]
 
-    def _wait(self, worker: _Worker, progress: Callable[[int, int], None]) -> Answer:
+    def _wait(
+        self, worker: _Worker, progress: Callable[[int, int], None], silence: float
+    ) -> Answer:
         while True:
+            if not worker.connection.poll(silence):
+                raise TimeoutError
             answer = receive(worker.connection)
             step: dict[str, Any] | None = answer.get("progress")
             if step is None:
@@ -135,4 +178,5 @@ class WorkerPool:
         worker.process.join(_STOP_SECONDS)
         if worker.process.is_alive():
             worker.process.kill()
-            worker.process.join()
+            # What waits for a disk that does not answer cannot even be killed.
+            worker.process.join(_STOP_SECONDS)

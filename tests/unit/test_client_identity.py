@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from office_samples import NODE, Office
-from site_samples import NAME, joined_site
+from site_samples import NAME, joined_site, plain_study
 from typer.testing import CliRunner
 
 from consilium_client import joining
@@ -375,11 +375,13 @@ def test_no_secret_is_in_an_argument_an_environment_or_a_log_of_the_site_s_proce
     site.home.path.chmod(0o755)
     said: list[str] = []
     found: dict[str, bytes] = {}
+    # Workers are forked from the last, and have its arguments and environment.
+    names = (b"flower-supernode", b"consilium_client.executor", b"multiprocessing.forkserver")
 
     async def watch() -> None:
         serving = asyncio.create_task(serve(site.home, said.append))
         end = time.monotonic() + 40
-        while len(found) < 2:
+        while len(found) < len(names):
             assert time.monotonic() < end
             assert not serving.done()
             await asyncio.sleep(0.1)
@@ -396,7 +398,7 @@ def test_no_secret_is_in_an_argument_an_environment_or_a_log_of_the_site_s_proce
         except OSError:
             return
         mine = str(site.home.path).encode() in environment
-        for name in (b"flower-supernode", b"consilium_client.executor"):
+        for name in names:
             if mine and name in command:
                 found[name.decode()] = command + b"\0" + environment
 
@@ -415,3 +417,27 @@ def test_no_secret_is_in_an_argument_an_environment_or_a_log_of_the_site_s_proce
     for text in (*found.values(), logs, "\n".join(said).encode()):
         for secret in secrets:
             assert secret not in text
+
+
+def test_what_reads_images_or_computes_beside_the_link_gets_no_proxy_s_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import subprocess
+
+    from consilium_client.data.ingest.readers import read_cases
+    from consilium_client.declared import Apart
+
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:geheim@127.0.0.1:1")
+    given: list[dict[str, str]] = []
+
+    def no_child(*_: object, env: dict[str, str], **__: object) -> None:
+        given.append(env)
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(subprocess, "Popen", no_child)
+    with pytest.raises(ConsiliumError):
+        Apart()(plain_study())
+    with pytest.raises(OSError, match="memory"):
+        next(read_cases([("case", None)], Path, readers=1))  # type: ignore[list-item]
+    assert len(given) == 2
+    assert all("PATH" in one and "geheim" not in str(one) for one in given)

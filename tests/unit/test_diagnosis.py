@@ -8,6 +8,7 @@ import socket
 import ssl
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,51 @@ def test_the_product_that_a_gpu_must_get_right_is_right_here() -> None:
     import torch
 
     assert 0 < machine._product_error(torch, "cpu") < 1e-5
+
+
+def test_a_gpu_that_does_not_compute_or_computes_wrongly_is_the_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The GPU is there by all signs; what comes of a product on it is another thing."""
+    import torch
+
+    gib = 2**30
+    for name, said in (
+        ("is_available", True),
+        ("device_count", 1),
+        ("mem_get_info", (8 * gib, 16 * gib)),
+        ("get_device_capability", (9, 0)),
+        ("get_device_name", "a GPU"),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, said=said: said)
+
+    def on_it(moved: Callable[[Any], Any]) -> None:
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _: moved(tensor))
+
+    def raising(error: Exception) -> Callable[[Any], Any]:
+        def moved(_: Any) -> Any:
+            raise error
+
+        return moved
+
+    no_kernel = RuntimeError("CUDA error: no kernel image is available\nCompile with …")
+    for moved, said, todo in (
+        (raising(no_kernel), "fails: CUDA error: no kernel image is available.", "nvidia-smi"),
+        (raising(torch.OutOfMemoryError("CUDA out of memory")), "out of memory", "hold its memory"),
+        (lambda tensor: tensor * 1.01, "computes wrongly: a matrix product is off by", "ECC"),
+        (lambda tensor: tensor * float("nan"), "off by nan", "Do not train"),
+    ):
+        on_it(moved)
+        with pytest.raises(ConsiliumError) as caught:
+            check_gpu("auto")
+        assert caught.value.code == "state.gpu"
+        assert said in caught.value.message and todo in caught.value.hint
+    on_it(lambda tensor: tensor)
+    found = check_gpu("auto")
+    assert found.outcome is Outcome.OK and "a matrix product is right" in found.happened
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gib, 16 * gib))
+    assert check_gpu("cuda:0").outcome is Outcome.WARNING
+    assert code_of(check_gpu, "cuda:1") == "state.device"
 
 
 @pytest.mark.gpu

@@ -256,6 +256,26 @@ def test_a_refusal_becomes_the_status_that_makes_flower_do_the_right_thing(
     assert bool(said) == (status == 401)
 
 
+@pytest.mark.parametrize("said", [b"", b"[]", b"3", b"[" * 5000, b"\xff"])
+def test_an_error_that_is_none_leaves_the_link_as_it_was(
+    site: JoinedSite, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    monkeypatch.setattr(link, "_REACHED_SECONDS", 0.01)
+    error = grpc_error("internal.unexpected")
+    error._trailing_metadata = ((ERROR_KEY, said),)  # type: ignore[attr-defined]
+    body = honest(site, "GetRun")
+    assert ask(site, "/v1/fleet/get-run", body, aggregator=Aggregator(error))[0] == 503
+    assert rpc_error(error, "aggregator:443").code == "network.bad-answer"
+
+
+@pytest.mark.parametrize("status", ["", "x", "-1", "99999999", "2\n0"])
+def test_a_status_that_is_none_of_http_s_is_a_bad_answer(site: JoinedSite, status: str) -> None:
+    aggregator = Aggregator(b"body", consilium_http_status=status)
+    found, _, said = ask(site, "/v1/fleet/get-run", honest(site, "GetRun"), aggregator=aggregator)
+    assert found == 503
+    assert "network.bad-answer" in said[0]
+
+
 def test_where_the_site_is_known_a_node_is_refused_that_the_aggregator_has_forgotten(
     site: JoinedSite,
 ) -> None:
@@ -309,6 +329,18 @@ def test_the_node_is_remembered_so_that_it_can_be_freed_after_a_crash(site: Join
     assert method == "/flwr.proto.Fleet/DeactivateNode"
     assert body
     assert "flwr-signature" in dict(headers)
+
+
+def test_a_supernode_that_said_goodbye_needs_no_other(site: JoinedSite) -> None:
+    from flwr.proto.fleet_pb2 import ActivateNodeResponse
+
+    content = ActivateNodeResponse(node_id=77).SerializeToString()
+
+    body = honest(site, "ActivateNode")
+    ask(site, "/v1/fleet/activate-node", body, aggregator=Aggregator(content))
+    assert (site.home.run / "node.json").exists()
+    assert ask(site, "/v1/fleet/deactivate-node", honest(site, "DeactivateNode"))[0] == 200
+    assert not (site.home.run / "node.json").exists()
 
 
 def test_a_confirmation_is_held_until_the_task_has_replied(site: JoinedSite) -> None:

@@ -22,7 +22,7 @@ from consilium_client.budget.policy import Policy, default_policy_text
 from consilium_client.cli import app
 from consilium_client.data.manifest import load_manifest
 from consilium_client.data.split import assign_splits, open_patient_key
-from consilium_client.deciding import approve, decline
+from consilium_client.deciding import approve, decline, withdraw
 from consilium_client.identity import SiteIdentity
 from consilium_client.proposals import Proposal
 from consilium_client.reviewing import (
@@ -268,6 +268,49 @@ def test_a_review_says_what_changed_since_the_version_approved_last(
     assert same.change.differences == ()
     with refused("study.unknown"):
         review(site.home, site.identity, newer.digest, None, against="nothing")
+
+
+@pytest.mark.usefixtures("aggregator")
+def test_the_version_approved_last_is_remembered_though_it_was_withdrawn_from(
+    site: JoinedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(rounds: int) -> Study:
+        plain = asked().to_canonical()
+        return Study.model_validate(
+            {**plain, "federation": plain["federation"] | {"rounds": rounds}}
+        )
+
+    first, second, third = (of(rounds) for rounds in (2, 3, 4))
+    known = [Proposal(one, "op", "now", "proposed", None) for one in (first, second, third)]
+    monkeypatch.setattr(reviewing, "proposals", lambda _: known)
+
+    def compared() -> str:
+        (topic,) = (
+            line
+            for line in shown(third).splitlines()
+            if line.startswith(("Changed against", "No other version"))
+        )
+        return topic
+
+    def shown(study: Study) -> str:
+        home = ["--home", str(site.home.path)]
+        return CliRunner().invoke(app, ["review", study.digest, *home]).stdout
+
+    def approve_it(study: Study) -> None:
+        approve(site.home, site.identity, review(site.home, site.identity, study.digest, None))
+
+    assert compared().startswith("No other version")
+    approve_it(first)
+    withdraw(site.home, site.identity, first.digest, "an audit")
+    assert first.digest[:12] in compared()
+    assert shown(first).count("No other version") == 1
+    approve_it(second)
+    assert second.digest[:12] in compared()
+    # Decided last is not approved last.
+    decline(site.home, site.identity, first.digest, "no")
+    assert second.digest[:12] in compared()
+    approve_it(first)
+    assert first.digest[:12] in compared()
 
 
 @pytest.mark.usefixtures("aggregator")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from diagnosis_samples import Port, alarms, cause_of, connect_proxy, diagnosed, secrets_in, shifted
 from site_samples import NAME, JoinedSite, joined_site, member_credentials
 from typer.testing import CliRunner
@@ -23,7 +26,7 @@ from consilium_common.diagnosis.steps import Outcome
 from consilium_common.diagnosis.tls import try_tls
 from consilium_common.errors import WARNINGS_ONLY, ConsiliumError
 from consilium_common.identity.authority import Authority, certificate_pem
-from consilium_common.identity.certificates import Role, describe
+from consilium_common.identity.certificates import Role, describe, load_certificate
 from consilium_common.identity.invitation import Invitation, write_invitation
 from consilium_common.identity.words import fingerprint_words
 from consilium_common.processes import free_port
@@ -86,6 +89,12 @@ class House:
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
     return House(tmp_path)  # type: ignore[return-value]
+
+
+def sha256_of(certificate: x509.Certificate) -> str:
+    """Return a certificate's fingerprint as browsers and firewalls show it."""
+    digest = hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest().upper()
+    return ":".join(digest[at : at + 2] for at in range(0, len(digest), 2))
 
 
 def call(home: SiteHome, *arguments: str, as_json: bool = False) -> tuple[int, str, str]:
@@ -285,6 +294,9 @@ def test_the_way_before_joining_leads_through_the_proxy_that_joining_would_take(
     assert len(heads) >= 4 and all(head.startswith(f"CONNECT {house.address}") for head in heads)
     assert all("Proxy-Authorization: Basic" in head for head in heads)
     assert status == 0 and proxy in out and "hush" not in out
+    server = load_certificate((house.port.folder / "server.pem").read_bytes())
+    for one in (house.authority.certificate, server):
+        assert sha256_of(one) in out
     for options, code in (
         (("--proxy", "https://proxy.example:3128"), "usage.proxy"),
         (("--proxy", url, "--proxy-login", str(tmp_path / "none")), "identity.bad-login"),
@@ -344,6 +356,7 @@ def test_a_ticket_names_addresses_and_results_and_holds_no_secret(
         "aggregator.consilium.internal",
     ):
         assert needed in " ".join(text.split()), needed
+    assert sha256_of(house.authority.certificate) in text
     assert max(map(len, text.splitlines())) <= 115  # fingerprints are not broken
     assert secrets_in(text, house.home.path) == []
     assert secrets_in(text + "someone:a-password-of-theirs", house.home.path) == ["proxy-login"]

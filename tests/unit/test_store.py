@@ -42,9 +42,11 @@ def test_an_approval_is_of_one_digest(home: SiteHome) -> None:
 
 def test_a_later_decline_takes_the_approval_back(home: SiteHome) -> None:
     store = StudyStore(home)
-    store.decide(STUDY, "approved", 20, "")
-    store.decide(STUDY, "declined", 0, "no")
+    approved = store.decide(STUDY, "approved", 20, "")
+    taken_back = store.decide(STUDY, "declined", 0, "no")
     assert code_of(store.approved, STUDY.digest) == "study.not-approved"
+    assert taken_back.approved_at == approved.decided_at  # that it was approved is not forgotten
+    assert store.decide(private_study(), "declined", 0, "no").approved_at is None
 
 
 def test_a_record_that_was_put_under_another_digest_is_no_approval(home: SiteHome) -> None:
@@ -135,7 +137,8 @@ def test_the_record_of_an_earlier_release_is_taken_over(home: SiteHome) -> None:
     (home.releases / f"{STUDY.digest[:16]}-00001.safetensors").write_bytes(blob)
     for _ in range(2):
         store = StudyStore(home)
-        assert store.approved(STUDY.digest).cohort_size == 20
+        approved = store.approved(STUDY.digest)
+        assert (approved.cohort_size, approved.approved_at) == (20, "2026-01-01")
         found = store.update(STUDY.digest, 1)
         assert found is not None
         assert (found.sha256, found.blob, found.clip_norm) == (sha256, blob, None)

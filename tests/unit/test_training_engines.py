@@ -44,7 +44,8 @@ def distance(found: Any, expected: Any) -> float:
 # --- agreement ---------------------------------------------------------------------------------
 
 
-#: The deepest network takes seconds a case in 3D, so one of its losses stands for the others.
+#: The deepest network takes seconds a case in 3D, so one of its losses stands for the others; so
+#: it does below, where a patient is added.
 AGREEMENTS = [
     (name, loss, dimensions)
     for name, loss in NETWORKS_AND_LOSSES
@@ -180,7 +181,10 @@ def make_hostile(images: Any, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("name", "loss"), NETWORKS_AND_LOSSES)
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [one for one in NETWORKS_AND_LOSSES if one[0] != "densenet121" or one[1] == "cross_entropy"],
+)
 def test_adding_a_patient_moves_the_sum_by_at_most_the_clip_norm(
     name: str, loss: str, engine: str
 ) -> None:

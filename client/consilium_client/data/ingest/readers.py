@@ -21,6 +21,7 @@ from typing import Any, Final, Generic, TypeVar
 from consilium_client.data.ingest.case import Located
 from consilium_client.data.parallel import cores
 from consilium_common.errors import ConsiliumError
+from consilium_common.wire.proxy import without_proxies
 
 Key = TypeVar("Key")
 
@@ -121,7 +122,7 @@ class _Child(Generic[Key]):
                 # Libraries complain there about broken files, and quote them.
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+                env={**without_proxies(os.environ), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
             )
         self.socket = Connection(ours.detach())
 
