@@ -9,7 +9,7 @@ from typing import Final
 from sqlalchemy import func, select
 
 from consilium_server.registry import Registry
-from consilium_server.round_tables import ACCEPTED, SiteRound
+from consilium_server.round_tables import ACCEPTED, BUSY, SiteRound
 
 #: So many rounds running without an accepted update.
 FAILURES: Final = 3
@@ -23,7 +23,7 @@ def benched(registry: Registry, digest: str, sessions: Mapping[str, str | None])
 
     A site is benched when it was asked in three rounds running and gave no update that was
     accepted. It comes back when it is started anew, or after ten rounds; if it then fails again,
-    that one round benches it again.
+    that one round benches it again. Rounds that it missed over another study's work do not count.
 
     Parameters
     ----------
@@ -31,8 +31,8 @@ def benched(registry: Registry, digest: str, sessions: Mapping[str, str | None])
         By site, what it runs under now.
     """
     with registry.transaction() as session:
-        of_study = SiteRound.digest == digest
-        done = session.scalar(select(func.max(SiteRound.number)).where(of_study))
+        of_study = (SiteRound.digest == digest) & (SiteRound.why != BUSY)
+        done = session.scalar(select(func.max(SiteRound.number)).where(SiteRound.digest == digest))
         if done is None:
             return {}
         lately = select(SiteRound.site).where(
@@ -73,7 +73,8 @@ class Benches:
 
 def _why(last: list[SiteRound]) -> str:
     rounds = ", ".join(str(part.number + 1) for part in reversed(last))
+    why, until = last[0].why.removesuffix("."), last[0].number + 1 + ROUNDS
     return (
-        f"no usable update in rounds {rounds}; the last time: {last[0].why}. Asked again after"
-        f" round {last[0].number + 1 + ROUNDS}, or once the site was started anew."
+        f"no usable update in rounds {rounds}; the last time: {why}."
+        f" Asked again after round {until}, or once the site was started anew."
     )

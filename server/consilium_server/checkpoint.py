@@ -46,7 +46,8 @@ class Checkpoint:
     random : mapping
         State of what draws the sites of a round, in JSON values; empty: none yet.
     history : str
-        Digest of what was recorded of the rounds so far, as the caller defines it.
+        Digest of what was recorded of the rounds so far, as the caller defines it; empty: not
+        known.
     digests : mapping of str to str
         SHA-256 of each file, by ``model``, ``state``, ``average``; filled when saved or loaded.
     """

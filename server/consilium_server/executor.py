@@ -1,7 +1,7 @@
 """Runs ServerApps: takes tasks from the SuperLink and runs each in a process forked warm.
 
-`multiprocessing`'s fork server imports torch, MONAI and our app once; a run's process is forked
-from it, so a study starts in tenths of a second. Started by `server start` as
+`multiprocessing`'s fork server imports Flower and our app once, and a run's process is forked from
+it. torch is not among it: see :mod:`consilium_server.networks`. Started by `server start` as
 ``python -m consilium_server.executor``.
 """
 
@@ -30,11 +30,7 @@ from consilium_server.reserve import Reserve
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS: Final = 0.2
-_WARM_MODULES: Final = [
-    "consilium_common.models.networks",
-    "flwr.serverapp",
-    "consilium_server.app",
-]
+WARM_MODULES: Final = ["flwr.serverapp", "consilium_server.app"]
 #: Looks this often whether a run is still wanted.
 _WANTED_SECONDS: Final = 1.0
 #: A run is named in the registry a moment after it has begun, and takes its leave of Flower a
@@ -151,7 +147,7 @@ def main(address: str, certificate: str, secret_file: str) -> None:
     from consilium_server.flower_private import Control, TaskSource
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_WARM_MODULES)
+    context.set_forkserver_preload(WARM_MODULES)
     # Now, so that the first study does not wait for the imports.
     forkserver.ensure_running()
     source = TaskSource(address, Path(certificate), Path(secret_file).read_bytes())

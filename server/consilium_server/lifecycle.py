@@ -21,6 +21,9 @@ MOST_FAILURES: Final = 5
 #: Seconds before a run that died is begun again; they double with every further death.
 _FIRST_BACK_OFF: Final = 0.5
 _LONGEST_BACK_OFF: Final = 30.0
+#: Seconds for which a study that gets nowhere stays in the queue, whatever its priority: those that
+#: wait for its sites begin meanwhile.
+_GIVE_WAY_SECONDS: Final = 60.0
 #: In place of a Flower run's id where no SuperLink gives one: the study is simulated.
 SIMULATION: Final = "simulation"
 
@@ -90,14 +93,9 @@ def settle_approval(registry: Registry, row: StudyRow) -> ConsiliumError | None:
         require_approval(registry, row)
     except ConsiliumError as lacking:
         if row.state == State.APPROVED:
+            why = "; ".join([lacking.message.removesuffix("."), *_declined(registry, row.digest)])
             with registry.transaction() as session:
-                change(
-                    session,
-                    row.digest,
-                    State.PROPOSED,
-                    lacking.message,
-                    only_from={State.APPROVED},
-                )
+                change(session, row.digest, State.PROPOSED, why, only_from={State.APPROVED})
         return lacking
     if row.state == State.PROPOSED:
         names = ", ".join(one.site for one in approved(registry, row.digest))
@@ -110,6 +108,15 @@ def settle_approval(registry: Registry, row: StudyRow) -> ConsiliumError | None:
                 only_from={State.PROPOSED},
             )
     return None
+
+
+def _declined(registry: Registry, digest: str) -> list[str]:
+    """Return in words which sites take no part, and what they said why."""
+    return [
+        f"{one.site} declined" + (f": {one.why}" if one.why else "")
+        for one in registry.approvals(digest)
+        if one.decision != "approved"
+    ]
 
 
 # --- what operators want -----------------------------------------------------------------------
@@ -167,8 +174,9 @@ def end_run(registry: Registry, digest: str, run: str, error: Exception) -> None
     """Write down what a study's run ended with, and so what becomes of the study.
 
     A full disk pauses it until there is room. Too few sites put it back into the queue until
-    they are there. A refusal with a reason of its own is the study's failure. Anything else is a
-    fault of a process: the run is begun again.
+    they are there, and sites that give nothing usable put it behind others. A refusal with a
+    reason of its own is the study's failure. Anything else is a fault of a process: the run is
+    begun again.
     """
     row = registry.running_as(run)
     if row is None or row.digest != digest:
@@ -180,6 +188,9 @@ def end_run(registry: Registry, digest: str, run: str, error: Exception) -> None
         # Never a death, also where they have come back in this moment: then it goes on at once.
         why = f"{error.message.removesuffix('.')}; it goes on when they are back"
         _move(registry, row, State.QUEUED, why)
+    elif isinstance(error, ConsiliumError) and error.code == "run.stuck":
+        why = f"{error.message.removesuffix('.')}; others go first now, then it is tried again"
+        _move(registry, row, State.QUEUED, why, not_before=_in(_GIVE_WAY_SECONDS))
     elif not isinstance(error, ConsiliumError):
         run_died(registry, run, f"internal error: {type(error).__name__}")
     elif error.code == "state.running" or error.code.startswith("internal."):
@@ -213,8 +224,13 @@ def run_died(registry: Registry, run: str, why: str) -> None:
         flower_run=None,
         failures=failures,
         failed_after=done,
-        not_before=(datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(),
+        not_before=_in(seconds),
     )
+
+
+def longest_pause(row: StudyRow) -> float:
+    """Return the most seconds that ``row.not_before`` may lie ahead, as it was planned."""
+    return _GIVE_WAY_SECONDS if row.state == State.QUEUED else back_off(row.failures)
 
 
 def back_off(failures: int) -> float:
@@ -258,6 +274,10 @@ def is_disk_full(error: BaseException) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     words = str(error.orig).lower() if isinstance(error, OperationalError) else ""
     return "disk is full" in words or "no space left" in words
+
+
+def _in(seconds: float) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
 
 
 def _move(registry: Registry, row: StudyRow, to: State, why: str, **values: Any) -> None:

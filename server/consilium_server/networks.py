@@ -2,7 +2,8 @@
 
 torch and MONAI take 350 MB that a process never gives back, more than the aggregation of most
 models. The process that runs the rounds needs of the network only the shapes and, once, the
-weights to begin with: a child builds it, answers, and is gone.
+weights to begin with: a child builds it, answers, and is gone. What it said is kept beside the
+study, so that a run that goes on after a death waits for no child.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from consilium_common import __version__
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_atomic
@@ -71,6 +73,21 @@ def write_start(study: Study, out: Path, public: Path | None = None) -> None:
         _learn(study, _ask(study, str(out), *([] if public is None else [str(public)])))
 
 
+def remember(study: Study, file: Path) -> None:
+    """Write what is known of the study's network, for a later run of this release."""
+    write_atomic(file, canonical_json({**_to_json(exchanged(study)), "release": __version__}))
+
+
+def recall(study: Study, file: Path) -> None:
+    """Learn what :func:`remember` wrote; a file of another release, or none, teaches nothing."""
+    try:
+        known = json.loads(file.read_bytes())
+        if known["release"] == __version__:
+            _learn(study, _from_json(known))
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+
+
 def _torch_is_loaded() -> bool:
     # Then it is paid for (simulation, tests), and a child would only cost seconds.
     return "torch" in sys.modules
@@ -103,6 +120,22 @@ def _write_start(study: Study, out: Path, public: Path | None) -> None:
     write_atomic(out, pack(weights))
 
 
+def _to_json(found: Exchanged) -> dict[str, Any]:
+    return {
+        "sent": [[spec.name, list(spec.shape)] for spec in found.sent],
+        "shared": [[spec.name, list(spec.shape)] for spec in found.shared],
+        "statistics": sorted(found.statistics),
+    }
+
+
+def _from_json(said: dict[str, Any]) -> Exchanged:
+    sent, shared = (
+        tuple(TensorSpec(name, tuple(shape)) for name, shape in said[key])
+        for key in ("sent", "shared")
+    )
+    return Exchanged(sent, shared, frozenset(said["statistics"]))
+
+
 # --- the child -----------------------------------------------------------------------------------
 
 
@@ -131,11 +164,7 @@ def _ask(study: Study, *start: str) -> Exchanged:
         ) from error
     if "error" in answer:
         raise ConsiliumError.from_dict(answer["error"])
-    sent, shared = (
-        tuple(TensorSpec(name, tuple(shape)) for name, shape in answer[key])
-        for key in ("sent", "shared")
-    )
-    return Exchanged(sent, shared, frozenset(answer["statistics"]))
+    return _from_json(answer)
 
 
 def main() -> None:
@@ -145,12 +174,7 @@ def main() -> None:
         study = Study.model_validate(json.load(sys.stdin))
         if paths := [Path(argument) for argument in sys.argv[1:]]:
             _write_start(study, paths[0], paths[1] if len(paths) > 1 else None)
-        found = _build(study)
-        answer = {
-            key: [(spec.name, spec.shape) for spec in specs]
-            for key, specs in (("sent", found.sent), ("shared", found.shared))
-        }
-        answer["statistics"] = sorted(found.statistics)
+        answer = _to_json(_build(study))
     except ConsiliumError as error:
         answer = {"error": error.to_dict()}
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -17,6 +17,8 @@ FAILED: Final = "failed"
 LEFT_OUT: Final = "left-out"
 #: Why an accepted update is not in the model all the same.
 PASSED_OVER: Final = "not chosen by the study's strategy"
+#: Why a site is late that does one thing after the other: no failure of it.
+BUSY: Final = "it was at work on another study"
 #: It was asked and has not answered yet; of the round under way alone.
 ASKED: Final = "asked"
 
@@ -59,6 +61,8 @@ class RoundNow(Base):
     sites: Mapped[dict[str, str]] = mapped_column(JSON)  #: asked, accepted, late or failed
     why: Mapped[dict[str, str]] = mapped_column(JSON)  #: of those that failed
     waits_for: Mapped[str] = mapped_column(default="")  #: in words; empty: for nothing special
+    #: When each site was asked first.
+    asked_at: Mapped[dict[str, str]] = mapped_column(JSON, default=dict, server_default="{}")
 
     def shown(self) -> dict[str, Any]:
         """Return it as people are shown it."""

@@ -120,7 +120,7 @@ class Scheduler:
             if row.flower_run is None and self._due(row):
                 self._start(row.digest)
         for row in queue(self._registry):
-            if waits_for(self._registry, row):
+            if not self._due(row) or lacks(self._registry, row):
                 continue  # the ones behind it may be able to
             with self._registry.transaction() as session:
                 begun = change(
@@ -137,7 +137,7 @@ class Scheduler:
                 self._start(row.digest)
 
     def _due(self, row: StudyRow) -> bool:
-        """Whether a run that died may begin again; a clock that is set changes nothing here.
+        """Whether what died or got nowhere may begin again, whatever the clock is set to.
 
         The time to wait is taken once from what was written down, which a restart of the
         aggregator may find again: then it is at most the pause that was planned.
@@ -146,8 +146,7 @@ class Scheduler:
             return True
         told, until = self._waits.get(row.digest, ("", 0.0))
         if told != row.not_before:
-            left = (datetime.fromisoformat(row.not_before) - datetime.now(UTC)).total_seconds()
-            until = monotonic() + min(left, lifecycle.back_off(row.failures))
+            until = monotonic() + min(_left(row.not_before), lifecycle.longest_pause(row))
             self._waits[row.digest] = (row.not_before, until)
         return monotonic() >= until
 
@@ -212,6 +211,15 @@ def queue(registry: Registry) -> list[StudyRow]:
 
 def waits_for(registry: Registry, row: StudyRow) -> str:
     """Return in words what a queued study waits for; empty when it can start now."""
+    lacking = lacks(registry, row)
+    left = 0.0 if row.not_before is None else _left(row.not_before)
+    if lacking or left <= 0:
+        return lacking
+    return f"others go first, for {min(left, lifecycle.longest_pause(row)):.0f} s"
+
+
+def lacks(registry: Registry, row: StudyRow) -> str:
+    """Return in words which sites a queued study lacks; empty when they are there and free."""
     here = {site.name: site for site in registry.sites() if site.online}
     wanted = [one.site for one in approved(registry, row.digest)]
     there = [name for name in wanted if name in here]
@@ -235,6 +243,10 @@ def _free(registry: Registry, sites: list[Member]) -> set[str]:
         for site in sites
         if site.studies_at_once is None or busy[site.name] < site.studies_at_once
     }
+
+
+def _left(moment: str) -> float:
+    return (datetime.fromisoformat(moment) - datetime.now(UTC)).total_seconds()
 
 
 def _size(path: Path) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from consilium_server.benching import benched
 from consilium_server.registry import Registry
-from consilium_server.round_tables import ACCEPTED, ASKED, RoundNow, round_now
+from consilium_server.round_tables import ACCEPTED, ASKED, LATE, RoundNow, round_now
 from consilium_server.states import State
 from consilium_server.tables import Approval, Progress, Round, StudyRow, seconds_since
 
@@ -32,9 +32,10 @@ def round_standing(
     ``sites`` holds one ``{"site", "state", "step", "steps", "why"}`` for each that approved:
     ``away``, ``waiting``, ``downloading``, ``training``, ``evaluating``, ``counting``,
     ``uploading``, ``done``, ``late``, ``failed``, ``left-out`` or ``benched``, with the reason of
-    the last four; none while the study does not run. ``seconds`` since the round began and
-    ``seconds_left`` of the whole study are None where the study does not run, or where no round
-    has ended yet. ``waits_for`` says in words what holds the round up.
+    the last four; none while the study does not run. Whoever has not answered when the deadline is
+    over is late, also while it is waited for in grace or for want of a quorum. ``seconds`` since
+    the round began and ``seconds_left`` of the whole study are None where the study does not run,
+    or where no round has ended yet. ``waits_for`` says in words what holds the round up.
     """
     if row.state != State.RUNNING:
         return {
@@ -84,13 +85,21 @@ def _site(
     else:
         state = "uploading" if said.phase in _SENDING else said.phase
         stepping = said.phase in _STEPPING
+    why = "" if now is None else now.why.get(name, "")
+    if outcome == ASKED and online and now is not None and _overdue(name, now):
+        state, why = LATE, f"{state} past the deadline"
     return {
         "site": name,
         "state": state,
         "step": said.step if stepping and said is not None else 0,
         "steps": said.steps if stepping and said is not None else 0,
-        "why": "" if now is None else now.why.get(name, ""),
+        "why": why,
     }
+
+
+def _overdue(name: str, now: RoundNow) -> bool:
+    asked_at = now.asked_at.get(name)
+    return asked_at is not None and seconds_since(asked_at) > now.deadline_seconds
 
 
 def _began(row: StudyRow, rounds: Sequence[Round]) -> str | None:

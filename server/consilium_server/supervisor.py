@@ -35,6 +35,7 @@ from consilium_common.processes import (
     wait_for_port,
 )
 from consilium_common.service import Service
+from consilium_common.wire.proxy import without_proxies
 from consilium_server.acts import Acts
 from consilium_server.fleet import Arrivals, FleetForwarder
 from consilium_server.flower_private import Control, node_key_bytes, superlink_command
@@ -155,7 +156,8 @@ async def _serve(
     superlink_port = free_port()
     address = f"127.0.0.1:{superlink_port}"
     environment = {
-        **flower_environment(home.flower),
+        # They speak on loopback alone, and need no proxy's password.
+        **without_proxies(flower_environment(home.flower)),
         HOME_VARIABLE: str(home.path),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }

@@ -140,6 +140,8 @@ class Round(Base):
     #: Unused; registries of earlier releases have the column.
     metrics: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     ended_at: Mapped[str] = mapped_column(default="")
+    #: ``Checkpoint.history`` after it; empty: of an earlier release.
+    history: Mapped[str] = mapped_column(default="", server_default="")
 
 
 class EvaluationRow(Base):

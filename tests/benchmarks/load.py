@@ -180,6 +180,8 @@ def _kind(pid: int) -> str:
     line = _read(pid, "cmdline").replace("\0", " ")
     if "superlink" in line:
         return "superlink"
+    if "consilium_server.networks" in line:
+        return "network child"  # lives for the seconds in which a study begins
     return "serverapp" if "forkserver" in line or "spawn" in line else "executor"
 
 
@@ -285,6 +287,7 @@ def rounds(folder: Path, sites: int, millions: int, number: int) -> dict[str, An
         "trained": done["trained"],
         "peak_memory_mb": {kind: round(peak / 1e6) for kind, peak in watch.peak.items()},
         "update_mb": round(update.stat().st_size / 1e6, 1),
+        "serverapp_peak_over_model": round(watch.peak["serverapp"] / update.stat().st_size, 2),
         "cpu_seconds": cpu,
         "cpu_seconds_per_site_and_round": round(sum(cpu.values()) / sites / number, 3),
     }

@@ -379,6 +379,13 @@ def main() -> None:
             indent=2,
         )
     )
+    missed = [
+        one["parameters"]
+        for one in figures
+        if one["ratio"] > TARGET_RATIO or max(one["chunks_beyond_idle"].values()) > TARGET_CHUNKS
+    ]
+    if missed:
+        sys.exit(f"over a target with {missed} parameters")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 from aggregation_samples import Model, Rounds, study_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save
 
 from consilium_common.errors import ConsiliumError
 from consilium_common.models.exchange import CONTROL, received_specs
@@ -114,6 +115,7 @@ def spoilt(rounds: Rounds, good: Model) -> dict[str, bytes]:
         "longer": pack(good) + b"hidden",
         "nan": pack(nan),
         "infinite": pack(infinite),
+        "float64": save({**good, other: good[other].astype(np.float64)}),
     }
 
 

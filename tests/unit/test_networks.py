@@ -17,6 +17,8 @@ from consilium_common.models.exchange import sent_specs, shared_specs
 from consilium_common.models.registry import initial_weights
 from consilium_common.models.weights import pack
 from consilium_common.study import Study
+from consilium_server import networks
+from consilium_server.executor import WARM_MODULES
 from consilium_server.networks import exchanged, main, write_start
 
 _CHILD = """
@@ -24,6 +26,8 @@ import json, sys
 from pathlib import Path
 from consilium_common.errors import ConsiliumError
 from consilium_common.study import Study
+from consilium_server import networks
+from consilium_server.executor import WARM_MODULES
 from consilium_server.networks import exchanged, write_start
 
 study = Study.model_validate(json.load(sys.stdin))
@@ -60,6 +64,40 @@ def test_a_child_says_the_same_and_torch_stays_out(tmp_path: Path) -> None:
     assert found["refused"] == "study.start"
     # Here, where torch is loaded already, no child is needed for the same.
     assert exchanged(study).sent == sent_specs(study)
+
+
+def test_the_process_that_runs_are_forked_from_holds_no_torch() -> None:
+    names = ", ".join(WARM_MODULES)
+    subprocess.run(
+        [sys.executable, "-c", f"import sys, {names}; assert 'torch' not in sys.modules"],
+        check=True,
+        timeout=60,
+    )
+
+
+def test_what_was_learned_serves_later_runs_of_the_same_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, file = study_of("scaffold"), tmp_path / "network.json"
+    networks.remember(study, file)
+    known = exchanged(study)
+
+    def learned() -> bool:
+        networks._known.clear()
+        networks.recall(study, file)
+        assert networks._known in ({}, {study.digest: known})
+        return bool(networks._known)
+
+    assert learned()
+    whole = file.read_bytes()
+    for content in (b"", b"[]", b"{}", whole[:-1]):
+        file.write_bytes(content)
+        assert not learned()
+    file.write_bytes(whole)
+    monkeypatch.setattr(networks, "__version__", "another")
+    assert not learned()
+    file.unlink()
+    assert not learned()
 
 
 def test_the_child_writes_the_weights_that_a_study_begins_with(

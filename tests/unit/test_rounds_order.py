@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from server_samples import SITES, House, SitesGrid, a_study
+from site_samples import joined_site
+from sqlalchemy.orm import make_transient
+from test_link import Aggregator
 
-from consilium_client.greeting import read_greeting
+from consilium_client import link as link_module
+from consilium_client.greeting import Greeting
+from consilium_client.link import Link
+from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.models.registry import initial_weights
 from consilium_common.study import Study
@@ -25,13 +32,14 @@ from consilium_server import asking as asking_module
 from consilium_server import tables
 from consilium_server.arrivals import ArrivalLists
 from consilium_server.asking import Answer, Asking
-from consilium_server.benching import Benches, benched
+from consilium_server.benching import benched
 from consilium_server.round_tables import SiteRound, site_rounds
 from consilium_server.rounds import training
 from consilium_server.rounds.context import Run
 from consilium_server.rounds.deadlines import Deadline, deadline_seconds, slowest
 from consilium_server.rounds.drawing import Drawing
-from consilium_server.tables import Member, Round, now
+from consilium_server.services.of_sites import SiteServices
+from consilium_server.tables import Member, Progress, Round, now
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +113,26 @@ def test_a_drawn_round_asks_so_many_and_the_model_is_theirs(tmp_path: Path) -> N
     rounds = [row["sites"] for row in house.show()["rounds"]]
     assert all(len(sites) == 2 for sites in rounds)
     assert Counter(site for sites in rounds for site in sites) == dict.fromkeys(SITES, 2)
+
+
+def test_a_site_that_approves_during_a_round_takes_part_from_the_next_on(tmp_path: Path) -> None:
+    house = House(tmp_path, a_study())
+    (approval,) = [
+        one for one in house.registry.approvals(house.study.digest) if one.site == "south"
+    ]
+    with house.registry.transaction() as session:
+        session.delete(session.merge(approval))
+
+    def approves(site: str, kind: str, number: int) -> None:
+        if (site, kind, number) == ("east", "train", 0):
+            with house.registry.transaction() as session:
+                make_transient(approval)
+                session.add(approval)
+
+    house.answers.instead = approves
+    house.run()
+    assert [row["sites"] for row in house.show()["rounds"]] == [["east", "north"], list(SITES)]
+    assert house.show()["evaluations"][-1]["sites"] == list(SITES)
 
 
 def test_one_that_was_drawn_and_fails_is_replaced_by_another(tmp_path: Path) -> None:
@@ -202,6 +230,34 @@ def test_a_late_reply_counts_neither_in_its_round_nor_in_the_next(tmp_path: Path
     assert outcomes == ["accepted", "accepted", "late"]
 
 
+def test_who_answers_in_the_grace_after_the_deadline_is_shown_as_late_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = {"deadline_seconds": 0.3, "grace_seconds": 60, "rounds": 1, "weighting": "uniform"}
+    house = House(tmp_path, a_study(federation=federation))
+    house.answers.slow = {"south"}
+    seen: list[str] = []
+    real = Asking.answers
+
+    def until_it_is_shown(asking: Asking) -> Iterable[Answer]:
+        (south,) = [s for s in house.show()["standing"]["sites"] if s["site"] == "south"]
+        seen.append(south["state"])
+        if south["state"] == "late":
+            house.answers.slow = set()
+            asking.participants()  # and whoever is not slow any more answers
+        return real(asking)
+
+    monkeypatch.setattr(Asking, "answers", until_it_is_shown)
+    house.run()
+    (row,) = house.show()["rounds"]
+    assert (row["sites"], row["dropped"]) == (list(SITES), {})
+    assert 0.3 < row["seconds"] < 60, "the round ends with the last answer, not with the grace"
+    assert "late" in seen
+    start = initial_weights(house.study)
+    for name in house.answers.trained:
+        np.testing.assert_allclose(house.model[name] - start[name], 2.0, rtol=1e-5)
+
+
 def test_arrivals_are_counted_whatever_the_clock_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,46 +338,109 @@ def test_a_clock_that_is_set_forward_makes_no_site_seem_gone(
 
 
 def test_a_site_that_fails_three_rounds_running_is_asked_no_more_and_comes_back(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house = House(tmp_path, a_study(federation={"rounds": 17}))
+    monkeypatch.setattr(link_module, "_HELLO_SECONDS", 0.01)
+    house = House(tmp_path / "aggregator", a_study(federation={"rounds": 17}))
+    session = "since this morning"
+    with house.registry.transaction() as transaction:
+        transaction.get_one(Member, "south").session = session
     asked: list[int] = []
 
     def broken(site: str, kind: str, number: int) -> Any:
         if (site, kind) == ("south", "train"):
             asked.append(number)
+            if number in (1, 13):  # an update that cannot be used counts like no update
+                return house.answers.delivered(site, b"no tensors")
             raise ConsiliumError("run.failed", "Its GPU is broken.")
+        return None
 
     house.answers.instead = broken
     house.run()
     # Ten rounds later it is tried once, and sits out again.
     assert asked == [0, 1, 2, 13]
     assert len(house.show()["rounds"]) == 17
-    why = benched(house.registry, house.study.digest, {"south": None, "north": None})
+    why = benched(house.registry, house.study.digest, {"south": session, "north": None})
     assert list(why) == ["south"]
-    assert "rounds 2, 3, 14; the last time: run.failed: Its GPU is broken." in why["south"]
-    assert "Asked again after round 24" in why["south"]
+    assert "rounds 2, 3, 14; the last time: run.bad-update: The file of" in why["south"]
+    assert "declares. Asked again after round 24" in why["south"]
     assert benched(house.registry, house.study.digest, {"south": "started anew"}) == {}
     # Operators see it while the study runs.
     house._set(state="running")
     seen = {one["site"]: one for one in house.show()["standing"]["sites"]}
     assert (seen["south"]["state"], seen["south"]["why"]) == ("benched", why["south"])
     assert seen["north"]["state"] == "waiting"
-    # The site is told so with the answer to its next greeting.
-    benches = Benches(house.registry)
-    told = benches.of("south", [house.study.digest])
-    answer = {
-        "version": "1",
-        "protocol": PROTOCOL,
-        "running": [],
-        "time": now(),
-        "trust": "",
-        "renew": False,
-        "benched": {digest: f"{why}\x1b[2J" for digest, why in told.items()},
-    }
-    read = read_greeting(json.dumps(answer).encode()).benched[house.study.digest]
-    assert read == why["south"] + "[2J", "nothing that the site's terminal would obey"
-    assert benches.of("north", [house.study.digest]) == {}
+    # The site is told so with the answer to its next greeting, and its operator in a line.
+    answer = greeted(house, "south", session)
+    assert answer["benched"] == {house.study.digest: why["south"]}
+    answer["benched"] = {house.study.digest: f"{why['south']}\x1b[2J"}
+    words = f"study {house.study.digest[:12]} does not ask this site for now: {why['south']}"
+    lines = said_at_site(tmp_path / "site", answer)
+    assert [line for line in lines if "for now" in line] == [f"{words}[2J"], (
+        "once, and nothing that the site's terminal would obey"
+    )
+    assert greeted(house, "north", "any")["benched"] == {}
+    assert greeted(house, "south", "started anew")["benched"] == {}
+
+
+def greeted(house: House, site: str, session: str) -> dict[str, Any]:
+    """Return what the aggregator answers to a site's greeting."""
+    issuer: Any = SimpleNamespace(trust=SimpleNamespace(digest=""))
+    unused: Any = None
+    member = house.registry.site(site)
+    member.next_serial = "2"  # it was renewed a moment ago: its certificate is not looked at
+    peer: Any = SimpleNamespace(name=site, member=member, address="192.0.2.7")
+    said = {"version": "1", "protocol": PROTOCOL, "session": session}
+    answer = SiteServices(house.registry, issuer, unused, unused).hello(peer, said)
+    return dict(asyncio.run(answer))
+
+
+def said_at_site(folder: Path, answer: dict[str, Any]) -> list[str]:
+    """Return what a site tells its operator that gets this answer to two greetings."""
+    site, said = joined_site(folder), list[str]()
+    heard: asyncio.Queue[Greeting] = asyncio.Queue()
+
+    async def scenario() -> None:
+        link = Link(site.home, site.identity, said.append, heard.put_nowait)
+        await link._connection.close()
+        link._connection = Aggregator(canonical_json(answer))  # type: ignore[assignment]
+        greeting = asyncio.create_task(link.hello_for_ever())
+        for _ in range(2):
+            await asyncio.wait_for(heard.get(), 30)
+        greeting.cancel()
+        await link.close()
+
+    asyncio.run(scenario())
+    return said
+
+
+@pytest.mark.parametrize("other", ["training", None])
+def test_a_site_that_is_late_over_another_study_s_work_is_not_benched(
+    tmp_path: Path, other: str | None
+) -> None:
+    house = House(tmp_path, a_study(federation={"rounds": 4, "deadline_seconds": 0.3}))
+    house.answers.slow = {"south"}
+
+    def at_work(site: str, kind: str, number: int) -> None:
+        if kind == "evaluate":
+            house.answers.slow = set()
+        if other is not None:
+            said = {"phase": other, "round": 7, "step": number, "steps": 9, "at": now()}
+            with house.registry.transaction() as session:
+                session.merge(Progress(site="south", digest="f" * 64, **said))
+
+    with house.registry.transaction() as session:
+        old = {"phase": "sending", "round": 6, "step": 0, "steps": 0}
+        at = "2020-01-01T00:00:00+00:00"
+        session.add(Progress(site="south", digest="f" * 64, at=at, **old))
+    house.answers.instead = at_work
+    house.run()
+    dropped = [row["dropped"].get("south") for row in house.show()["rounds"]]
+    out = benched(house.registry, house.study.digest, {"south": None})
+    if other is not None:
+        assert (dropped, out) == (["it was at work on another study"] * 4, {})
+    else:
+        assert (dropped, list(out)) == (["no reply before the deadline"] * 3 + [None], ["south"])
 
 
 def test_where_the_quorum_needs_it_a_benched_site_is_asked(tmp_path: Path) -> None:

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 from server_samples import SITES, House, a_study
+from sqlalchemy import delete
 
 from consilium_common.errors import ConsiliumError
 from consilium_server.round_tables import round_now, site_rounds
-from consilium_server.rounds import concluding, taking
+from consilium_server.rounds import concluding, context, taking
 from consilium_server.rounds.board import Board
 from consilium_server.rounds.context import Run
 from consilium_server.rounds.taking import Taking
 from consilium_server.study_files import StudyFiles
+from consilium_server.tables import Round
 
 
 @pytest.fixture(autouse=True)
@@ -198,6 +200,55 @@ def test_a_full_disk_stops_the_run_and_is_no_site_s_fault(
         patch.setattr(taking, "write_atomic", full)
         assert house.fails() == "state.disk"
     assert site_rounds(house.registry, house.study.digest) == {}
+    house.run()
+    assert [row["sites"] for row in house.show()["rounds"]] == [list(SITES)] * 2
+
+
+def test_a_checkpoint_goes_on_only_with_the_records_of_its_own_rounds(tmp_path: Path) -> None:
+    house = House(tmp_path, a_study(federation={"quorum": 3}))
+    house.answers.instead = lambda site, kind, number: (
+        to_nobody() if (site, kind, number) == ("south", "train", 1) else None
+    )
+    house.stuck()
+    (row,) = house.registry.rounds(house.study.digest)
+
+    def recorded(history: str | None) -> None:
+        with house.registry.transaction() as session:
+            session.execute(delete(Round))
+            if history is not None:
+                values = {c.name: getattr(row, c.name) for c in Round.__table__.columns}
+                session.add(Round(**values | {"history": history}))
+
+    house.answers.instead = lambda *_: None
+    house.answers.asked.clear()
+    for restored in (None, "f" * 64):
+        recorded(restored)
+        assert house.fails() == "state.checkpoint"
+    assert house.answers.asked == []
+    recorded("")  # by an earlier release
+    house.run()
+    assert [one.number for one in house.registry.rounds(house.study.digest)] == [0, 1]
+
+
+@pytest.mark.parametrize("buffered", [None, {"size": 3}])
+def test_sites_that_are_there_and_give_nothing_usable_end_the_run_after_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffered: dict[str, int] | None
+) -> None:
+    assert context._STUCK_SECONDS >= 60
+    monkeypatch.setattr(context, "_WISH_SECONDS", 0.0)
+    monkeypatch.setattr(context, "_STUCK_SECONDS", 1.5)
+    house = House(tmp_path, a_study(federation={"quorum": 3, "buffered": buffered}))
+    asked: list[str] = []
+
+    def broken(site: str, kind: str, number: int) -> Any:
+        if site != "north":
+            asked.append(site)
+            to_nobody()
+
+    house.answers.instead = broken
+    assert house.fails() == "run.stuck"
+    assert asked.count("east") >= 2, "they were tried again first"
+    house.answers.instead = lambda *_: None
     house.run()
     assert [row["sites"] for row in house.show()["rounds"]] == [list(SITES)] * 2
 

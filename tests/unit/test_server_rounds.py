@@ -105,6 +105,8 @@ def test_a_study_without_privacy_is_not_evaluated_before_it_begins(tmp_path: Pat
     )
     house.run()
     assert house.answers.asked == [("train", 0), ("train", 1), ("evaluate", 2)]
+    (end,) = house.registry.history(house.study.digest)
+    assert (end.after, end.who, end.why) == ("finished", "aggregator", "all 2 rounds are done")
     shown = house.show()
     assert shown["evaluation"]["mean_dice"] == 0.75
     assert shown["evaluation"]["cases"] == 12

@@ -69,6 +69,22 @@ def test_a_draft_is_kept_and_proposed_later_by_its_digest(aggregator: Aggregator
     assert study(aggregator, "propose", "feedface") == "study.unknown"
 
 
+def test_proposing_to_more_sites_stands_in_the_study_s_log(aggregator: Aggregator) -> None:
+    with aggregator.registry.transaction() as session:
+        for site in ("east", "north"):
+            session.add(a_site(site))
+    for site in ("east", "north", "north"):
+        digest = study(aggregator, "propose", STUDY, "--site", site)["digest"]
+    study(aggregator, "propose", STUDY)
+    history = aggregator.registry.history(digest)
+    assert [event.why for event in history] == [
+        "proposed by operator",
+        "proposed to east, north by operator",
+        "proposed to all sites by operator",
+    ]
+    assert {(event.after, event.who) for event in history} == {("proposed", "operator")}
+
+
 def test_a_study_is_queued_paused_resumed_and_stopped_and_its_log_says_by_whom(
     aggregator: Aggregator,
 ) -> None:
@@ -84,7 +100,7 @@ def test_a_study_is_queued_paused_resumed_and_stopped_and_its_log_says_by_whom(
     assert study(aggregator, "pause", digest)["state"] == "paused"
     assert study(aggregator, "run", digest) == "study.paused"
     assert study(aggregator, "resume", digest)["state"] == "queued"
-    put(aggregator.registry, digest, "running")
+    put(aggregator.registry, digest, "running", "its sites are there and free")
     assert study(aggregator, "run", digest) == "study.running"
     asked = study(aggregator, "pause", digest)
     assert (asked["state"], asked["pause_asked"]) == ("running", True)
@@ -93,11 +109,12 @@ def test_a_study_is_queued_paused_resumed_and_stopped_and_its_log_says_by_whom(
     assert study(aggregator, "stop", digest)["state"] == "stopped"
     assert study(aggregator, "stop", digest) == "study.not-running"
     assert study(aggregator, "run", digest)["state"] == "queued"
-    put(aggregator.registry, digest, "finished")
+    put(aggregator.registry, digest, "finished", "all rounds are done")
     assert study(aggregator, "run", digest) == "study.finished"
 
     add_round(aggregator.registry, digest, 0)
     log = study(aggregator, "log", digest)
+    assert all(row["who"] and row["why"] for row in log["history"])
     people = [row["why"] for row in log["history"] if row["who"] == "operator"]
     assert people == [
         "proposed by operator",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,9 @@ import pytest
 from scheduling_samples import House
 from state_samples import a_site, add_round, add_study, put
 
+from consilium_common.errors import ConsiliumError
 from consilium_server import scheduler
-from consilium_server.lifecycle import (
-    ask_pause,
-    pause_if_asked,
-)
+from consilium_server.lifecycle import ask_pause, end_run, pause_if_asked
 from consilium_server.overview import queue_place, studies_overview
 from consilium_server.round_tables import ACCEPTED, ASKED, FAILED, LATE, RoundNow
 from consilium_server.scheduler import Scheduler, queue, waits_for
@@ -40,12 +38,14 @@ def test_a_study_is_approved_when_enough_sites_have_and_not_any_more_when_one_wi
     with house.registry.transaction() as session:
         session.merge(a_site("south"))
         (approval,) = [a for a in house.registry.approvals(two) if a.site == "south"]
-        approval.decision = "declined"
+        approval.decision, approval.why = "declined", "an audit"
         session.merge(approval)
     house.look()
     assert house.state(two) == "proposed"
     assert [e.after for e in house.registry.history(two)] == ["approved", "proposed"]
-    assert "1 of the 2 sites" in house.row(two).reason
+    assert house.row(two).reason == (
+        "1 of the 2 sites it needs have approved the study; south declined: an audit"
+    )
 
 
 def test_the_highest_priority_starts_first_then_the_one_that_waited_longest(house: House) -> None:
@@ -90,6 +90,29 @@ def test_a_site_takes_part_in_as_many_studies_as_it_says(house: House) -> None:
     house.registry.set_study_state(third, "finished")
     house.look()
     assert house.state(second) == "running"
+
+
+def test_a_study_whose_sites_are_there_and_fail_every_time_lets_others_go_first(
+    house: House,
+) -> None:
+    stuck = house.study("stuck", "north", "south", priority=9)
+    other = house.study("other", "north", "south")
+    for name in ("north", "south"):
+        house.member(name, studies_at_once=1)
+    house.look()
+    assert house.flower.started == [stuck]
+    error = ConsiliumError("run.stuck", "Nothing usable has come (north: no room on its disk).")
+    end_run(house.registry, stuck, house.run(stuck), error)
+    assert waits_for(house.registry, house.row(stuck)).startswith("others go first, for ")
+    assert "no room on its disk); others go first" in house.row(stuck).reason
+    house.look()
+    assert house.flower.started == [stuck, other], "whatever its priority"
+    house.due(stuck)
+    house.look()
+    assert house.state(stuck) == "queued", "its sites are at work on the other"
+    house.registry.set_study_state(other, "finished", "done")
+    house.look()
+    assert (house.state(stuck), house.row(stuck).failures) == ("running", 0)
 
 
 def test_nothing_starts_before_flower_is_there(house: House) -> None:
@@ -243,8 +266,38 @@ def test_what_each_site_does_is_said_for_the_round_under_way(house: House) -> No
                 sites={"east": ASKED, "north": ACCEPTED, "south": LATE, "west": FAILED},
                 why={"west": "no room on its disk"},
                 waits_for="a second site",
+                asked_at={"east": now()},
             )
         )
+        session.merge(
+            Progress(
+                site="east", digest=digest, phase="downloading", round=2, step=0, steps=0, at=""
+            )
+        )
+    assert standing()["sites"][0] == {
+        "site": "east",
+        "state": "downloading",
+        "step": 0,
+        "steps": 0,
+        "why": "",
+    }
+
+    def at(phase: str, asked_at: str) -> dict[str, Any]:
+        with house.registry.transaction() as session:
+            session.get_one(RoundNow, digest).asked_at = {"east": asked_at}
+            session.get_one(Progress, ("east", digest)).phase = phase
+        return standing()["sites"][0]
+
+    before = (datetime.now(UTC) - timedelta(seconds=61)).isoformat()
+    assert at("training", before) == {
+        "site": "east",
+        "state": "late",
+        "step": 0,
+        "steps": 0,
+        "why": "training past the deadline",
+    }
+    assert standing(east=False)["sites"][0]["state"] == "away"
+    at("training", now())
     found = standing()
     assert [one["state"] for one in found["sites"]] == ["training", "done", "late", "failed"]
     assert found["sites"][3]["why"] == "no room on its disk"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from consilium_common.ledger.entries import Purpose
@@ -15,6 +15,7 @@ from consilium_server.registry import Registry
 from consilium_server.round_tables import (
     ACCEPTED,
     ASKED,
+    BUSY,
     FAILED,
     LATE,
     LEFT_OUT,
@@ -23,7 +24,7 @@ from consilium_server.round_tables import (
     SiteRound,
 )
 from consilium_server.rounds.context import Run
-from consilium_server.tables import now
+from consilium_server.tables import Progress, now, seconds_since
 
 #: A round that is over sooner is not shown while it is under way: writing would slow it down.
 _SHOW_SECONDS: Final = 0.5
@@ -44,6 +45,7 @@ class Board:
         self._began = time.monotonic()
         self._parts: dict[str, SiteRound] = {}
         self._asked: dict[str, float] = {}
+        self._asked_at: dict[str, str] = {}
         #: Failures of sites that were asked again since, and have not answered yet.
         self._before: dict[str, tuple[str, str]] = {}
         self._waits_for = ""
@@ -54,6 +56,7 @@ class Board:
         """Note that sites were asked."""
         for site in sites:
             self._asked.setdefault(site.name, time.monotonic())
+            self._asked_at.setdefault(site.name, now())
             self._set(site.name, ASKED, "", session=site.session)
 
     def accepted(
@@ -77,9 +80,16 @@ class Board:
         """Note that a site's answer was refused, or that it said that it failed."""
         self._set(site, FAILED, why)
 
-    def late(self, site: str, why: str) -> None:
-        """Note that a site has not answered in time."""
-        self._set(site, LATE, why)
+    def late(self, site: str, why: str, *, asked: float | None = None) -> None:
+        """Note that a site has not answered in time.
+
+        Parameters
+        ----------
+        asked : float, optional
+            When it was asked, by ``time.monotonic`` (default: as noted here).
+        """
+        asked = self._asked.get(site, self._began) if asked is None else asked
+        self._set(site, LATE, BUSY if self._was_busy(site, asked) else why)
 
     def left_out(self, site: str, why: str) -> None:
         """Note that a site's update was taken and yet is not in the model."""
@@ -105,7 +115,7 @@ class Board:
         def patience(waits_for: str) -> None:
             self.waits_for(waits_for)
             self.show(at_once=True)
-            run.stay()
+            run.stay(waits_for, (self._purpose, self._number, len(self.accepted_sites)))
 
         return patience
 
@@ -148,6 +158,7 @@ class Board:
                     sites={site: part.outcome for site, part in self._parts.items()},
                     why=self.dropped,
                     waits_for=self._waits_for,
+                    asked_at=self._asked_at,
                 )
             )
         self._shown_at = time.monotonic()
@@ -165,6 +176,13 @@ class Board:
                 part.outcome, part.why = self._before[site]
             if part.outcome != ASKED:
                 session.merge(part)
+
+    def _was_busy(self, site: str, asked: float) -> bool:
+        """Whether a site has said anything of another study's work since it was asked."""
+        with self._registry.transaction() as session:
+            others = Progress.site == site, Progress.digest != self._digest
+            said = list(session.scalars(select(Progress.at).where(*others)))
+        return any(seconds_since(at) < time.monotonic() - asked for at in said)
 
     def _set(self, site: str, outcome: str, why: str, *, session: str | None = None) -> SiteRound:
         part = self._parts.get(site)

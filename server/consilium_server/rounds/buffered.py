@@ -109,6 +109,7 @@ class Buffered:
                 # None of them can be used: the buffer is filled anew.
                 for site in self._taken:
                     self._board.failed(site, error.message)
+                    self._failed.setdefault(site, BackOff()).due(time.monotonic())
                 self._taken.clear()
                 self._taking.clear()
                 continue
@@ -162,7 +163,8 @@ class Buffered:
 
     def _say(self) -> None:
         lacking = self._settings.size - len(self._taken)
-        if self._at_work or lacking <= 0:
+        overdue = self._board.seconds > self._seconds + self._study.federation.grace_seconds
+        if lacking <= 0 or (self._at_work and not overdue):
             self._board.waits_for("")
             return
         why = named_reasons(self._board.dropped.items())
@@ -216,10 +218,10 @@ class Buffered:
         return self._number - began.number > self._settings.most_staleness
 
     def _give_up(self, site: str, why: str) -> None:
-        del self._at_work[site]
+        _, _, asked = self._at_work.pop(site)
         self._asking.forget({site})
         self._remember()
-        self._board.late(site, why)
+        self._board.late(site, why, asked=asked)
 
     # --- after a crash ---------------------------------------------------------------------
 

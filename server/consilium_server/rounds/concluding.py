@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from consilium_common.canonical import digest
+from consilium_common.errors import ConsiliumError
 from consilium_server.aggregation import aggregate, running_average
 from consilium_server.checkpoint import Checkpoint, save_checkpoint
 from consilium_server.rounds.board import Board
@@ -86,10 +87,38 @@ def conclude(
                 loss=fmean(losses) if losses else None,
                 metrics={},
                 ended_at=now(),
+                history=after.history,
             )
         )
         board.keep(session)
     return save_checkpoint(run.folder, after)
+
+
+def require_recorded(run: Run, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose last round is not the one on record: one of the two is restored.
+
+    The record may be ahead: of the round that a crash ended before its checkpoint was there, and
+    of those that a damaged checkpoint had. They are made again and recorded anew. What earlier
+    releases recorded without a digest is not compared.
+
+    Raises
+    ------
+    ConsiliumError
+        ``state.checkpoint``.
+    """
+    number = checkpoint.rounds_done
+    with run.registry.transaction() as session:
+        row = session.get(Round, (run.digest, number - 1))
+    if number == 0 or (row is not None and row.history in ("", checkpoint.history)):
+        return
+    raise ConsiliumError(
+        "state.checkpoint",
+        f"The study's checkpoint is of round {number}, and the registry has"
+        f" {'no such round' if row is None else 'another round of that number'} on record.",
+        where=str(checkpoint.model.parent),
+        hint="One of the two comes from an older backup: restore the registry and the folder of"
+        " the study from one and the same.",
+    )
 
 
 def _average(run: Run, before: Checkpoint, model: Path) -> Path | None:

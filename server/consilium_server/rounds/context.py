@@ -29,6 +29,9 @@ _WISH_SECONDS: Final = 0.5
 #: So long fewer sites than the quorum may be online before the study goes back into the queue,
 #: where it holds nobody up; what was taken until then stays.
 _AWAY_SECONDS: Final = 120.0
+#: So long a round may wait for usable answers of sites that are there, before the study goes back
+#: into the queue: it holds a place at its sites that others may be waiting for.
+_STUCK_SECONDS: Final = 300.0
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing is wrong
@@ -56,6 +59,8 @@ class Run:
     def __post_init__(self) -> None:
         self._wish_at = 0.0
         self._away_since: float | None = None
+        #: What was there when sites began to give nothing usable, and when that was.
+        self._stuck: tuple[object, float] | None = None
 
     @property
     def work(self) -> Path:
@@ -67,14 +72,22 @@ class Run:
         if pause_if_asked(self.registry, self.digest):
             raise Interrupted
 
-    def stay(self) -> None:
+    def stay(self, waits_for: str, so_far: object) -> None:
         """Do so now and then, while something is waited for.
+
+        Parameters
+        ----------
+        waits_for : str
+            In words.
+        so_far : object
+            What has come: as long as it stays the same, the study gets nowhere.
 
         Raises
         ------
         ConsiliumError
             ``run.sites-away`` when too few sites have been online for two minutes: the scheduler
-            begins the study again when they are back.
+            begins the study again when they are back. ``run.stuck`` when enough are there and
+            nothing more has come for five minutes: others go first then.
         """
         at = time.monotonic()
         if at < self._wish_at:
@@ -84,13 +97,27 @@ class Run:
         there = len(self.asking.participants())
         if there >= self.study.federation.quorum:
             self._away_since = None
-        elif self._away_since is None:
+            self._require_progress(at, waits_for, so_far)
+            return
+        self._stuck = None
+        if self._away_since is None:
             self._away_since = at
         elif at - self._away_since > _AWAY_SECONDS:
             raise ConsiliumError(
                 "run.sites-away",
                 f"{there} of the {self.study.federation.quorum} sites the study needs are online.",
                 hint="It goes on by itself when they are back; nothing is lost.",
+            )
+
+    def _require_progress(self, at: float, waits_for: str, so_far: object) -> None:
+        if self._stuck is None or self._stuck[0] != so_far:
+            self._stuck = so_far, at
+        elif at - self._stuck[1] > _STUCK_SECONDS:
+            raise ConsiliumError(
+                "run.stuck",
+                f"Its sites are there, and nothing usable has come of them for"
+                f" {_STUCK_SECONDS / 60:.0f} minutes ({waits_for}).",
+                hint="It is tried again by itself; nothing is lost.",
             )
 
     def candidates(self) -> list[Participant]:

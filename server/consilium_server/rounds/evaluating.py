@@ -31,7 +31,7 @@ def evaluate(run: Run, checkpoint: Checkpoint) -> EvaluationRow:
     Interrupted
         The study is to be paused, and the quorum is not there.
     ConsiliumError
-        ``run.sites-away``, ``state.*``.
+        ``run.sites-away``, ``run.stuck``, ``state.*``.
     """
     study, asking = run.study, run.asking
     done = checkpoint.rounds_done

@@ -12,10 +12,11 @@ from consilium_common.study import Study
 from consilium_server.asking import Asking
 from consilium_server.checkpoint import Checkpoint, load_checkpoint
 from consilium_server.home import ServerHome
-from consilium_server.networks import write_start
+from consilium_server.networks import recall, remember, write_start
 from consilium_server.registry import Registry
 from consilium_server.rounds.board import Board
 from consilium_server.rounds.buffered import Buffered
+from consilium_server.rounds.concluding import require_recorded
 from consilium_server.rounds.context import Interrupted, Run
 from consilium_server.rounds.evaluating import content_of, evaluate, sufficient
 from consilium_server.rounds.training import Training
@@ -64,7 +65,11 @@ class StudyRun:
         run.asking.files.verify()
         # A process killed while it wrote leaves a whole model's worth behind.
         shutil.rmtree(run.work, ignore_errors=True)
+        network = run.folder / "network.json"
+        recall(self.study, network)
         checkpoint = load_checkpoint(run.folder) or Checkpoint(0, self._start())
+        remember(self.study, network)
+        require_recorded(run, checkpoint)
         if checkpoint.rounds_done == 0:
             seconds = self.study.federation.longest_seconds
             board = Board(self._registry, self.digest, 0, "statistics", seconds)
@@ -86,7 +91,7 @@ class StudyRun:
                 if reason:
                     return self._finish(checkpoint, reason)
             if done >= self.study.federation.rounds:
-                return self._finish(checkpoint)
+                return self._finish(checkpoint, f"all {done} rounds are done")
             run.require_wanted()
             checkpoint = rounds.round(checkpoint)
 
@@ -98,7 +103,7 @@ class StudyRun:
         write_start(self.study, path, public)
         return path
 
-    def _finish(self, checkpoint: Checkpoint, reason: str = "") -> None:
+    def _finish(self, checkpoint: Checkpoint, reason: str) -> None:
         result = self._run.folder / "model.safetensors"
         beside = result.with_name(f".{result.name}")
         try:

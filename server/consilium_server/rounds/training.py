@@ -49,7 +49,7 @@ class Training:
         Interrupted
             The study is to be paused, and the quorum is not there.
         ConsiliumError
-            ``run.diverged``, ``run.sites-away``, ``state.*``.
+            ``run.diverged``, ``run.sites-away``, ``run.stuck``, ``state.*``.
         """
         return _Round(self._run, self._taking, checkpoint).do()
 
