@@ -8,6 +8,7 @@ import socket
 import ssl
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -38,21 +39,43 @@ from consilium_common.wire.channel import Caller, Credentials
 from consilium_common.wire.methods import MEMBER_PROBE, SITE_DELIVER, SITE_STUDIES, fleet_method
 
 HALF_OPEN = 600
+NOBODY = 65534
+#: CAP_DAC_READ_SEARCH, as a bit: the tests' Python may be root's own to read.
+READING = 1 << 2
+#: Before a command: where the tests are root's, the command is an ordinary user's all the same.
+AS_NOBODY = (
+    (
+        *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+        *(f"--{which}=-all,+dac_read_search" for which in ("bounding-set", "inh-caps")),
+        *("--ambient-caps=-all,+dac_read_search", "--pdeathsig=KILL"),
+    )
+    if os.geteuid() == 0
+    else ()
+)
+
+
+def give_away(folder: Path) -> None:
+    """Let the folder belong to who is to run there."""
+    if AS_NOBODY:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
 
 
 class OnEveryAddress(Federation):
-    """Its aggregator listens as `server start` does of itself, not on loopback alone."""
+    """Its aggregator listens as `server start` does of itself, and runs as no root."""
 
     def start(self) -> None:
+        give_away(self.folder)
         self.running = Running(
-            ["server", "start", "--home", self.home], self.folder / "aggregator.log"
+            ["server", "start", "--home", self.home], self.folder / "aggregator.log", AS_NOBODY
         )
         self.running.wait_until_says("listens on")
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    with OnEveryAddress(tmp_path_factory.mktemp("flood")) as running:
+def federation() -> Iterator[Federation]:
+    # Not among the other tests' folders, which root alone may enter.
+    with tempfile.TemporaryDirectory() as folder, OnEveryAddress(Path(folder)) as running:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(running.join, ("healthy", "hostile")))
         yield running
@@ -235,8 +258,11 @@ def test_only_the_one_port_is_open_to_others(federation: Federation) -> None:
 
 def test_a_site_listens_on_loopback_alone(federation: Federation) -> None:
     site = federation.sites["healthy"]
+    give_away(federation.folder)
+    site.prefix = AS_NOBODY
     site.start()
     assert site.running is not None
+    assert_ordinary(site.running)
     found = listening(set(site.running.processes()))
     assert found
     assert {address for address, _ in found} <= LOOPBACK
@@ -249,8 +275,18 @@ def test_state_folders_are_private_and_nothing_needs_root(federation: Federation
             if path.is_dir():
                 assert path.stat().st_mode & 0o077 == 0 or private_above(path, folder), path
     assert federation.running is not None
-    for pid in federation.running.processes():
-        assert Path(f"/proc/{pid}").stat().st_uid == os.getuid()
+    assert_ordinary(federation.running)
+
+
+def assert_ordinary(running: Running) -> None:
+    """No process of it is root's, or may do what an ordinary user may not, but for reading."""
+    processes = running.processes()
+    assert len(processes) > 1
+    for pid in processes:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        assert "0" not in status["Uid"].split(), processes[pid]
+        assert int(status["CapEff"], 16) & ~READING == 0, processes[pid]
 
 
 def private_above(path: Path, folder: Path) -> bool:

@@ -41,7 +41,7 @@ PARTITION_SECONDS = 600.0 if LONG else 20.0
 #: The site on the line, and one beside the aggregator.
 FAR, NEAR = NAMES[0], NAMES[1]
 #: Bytes per second from the site, and how much of its update has come when the line is cut.
-UPLOAD, CUT_AFTER = 400_000.0, CHUNK_BYTES
+UPLOAD, CUT_AFTER = 400_000.0, 4 * CHUNK_BYTES
 
 pytestmark = [
     pytest.mark.soak,
@@ -213,11 +213,9 @@ def test_a_partition_in_mid_upload_makes_nothing_count_twice(
     wait_for(lambda: _online(consortium, FAR), "the site to be back", timeout=120)
     print(f"partition of {time.monotonic() - cut_at:.0f} s with quorum {quorum}: online again"
           f" {time.monotonic() - mended_at:.1f} s after the line was")  # fmt: skip
-    # A long partition may have cost the study its quorum: it goes on where it stood.
+    # However long the partition was, the study goes on by itself: nobody runs it again.
     found = consortium.show(digest)
-    if found["state"] in ("failed", "stopped"):
-        assert "quorum" in found["reason"] or "online" in found["reason"], found["reason"]
-        consortium.study("run", digest).data  # noqa: B018
+    assert found["state"] not in ("failed", "stopped"), found["reason"]
     found = consortium.study("watch", digest, timeout=300).data
     assert found["state"] == "finished", far.running.output[said:]
     assert [row["number"] for row in found["rounds"]] == [0, 1]

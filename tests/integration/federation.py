@@ -94,6 +94,25 @@ def consilium(*arguments: object, timeout: float = 120.0) -> Answer:
     return Answer(done.returncode, envelope, stderr)
 
 
+def simulate(study: Mapping[str, Any], sites: Path, folder: Path, *, together: int = 1) -> Answer:
+    """Simulate a study with the command itself: Ray must not find a forked process's gRPC."""
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(dict(study)))
+    arguments = ["study", "simulate", file, "--sites", sites, "--out", folder / "out"]
+    arguments += ["--together", together]
+    done = subprocess.run(
+        [CONSILIUM, "--json", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=280.0,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.stdout.count("\n") == 1, f"not one envelope: {done.stdout}\n{done.stderr}"
+    return Answer(done.returncode, json.loads(done.stdout), done.stderr)
+
+
 def wait_for(
     look: Callable[[], T | None], what: str, *, timeout: float = 60.0, pause: float = 0.1
 ) -> T:
@@ -149,6 +168,10 @@ class Running:
     def ended(self) -> bool:
         """Whether the command itself has ended."""
         return self._process.poll() is not None
+
+    def wait_until_ended(self, *, timeout: float = 60.0) -> int:
+        """Wait until the command has ended by itself; returns its exit status."""
+        return self._process.wait(timeout)
 
     def processes(self) -> dict[int, str]:
         """Return all living processes of this command, by process id, with their command lines."""
@@ -236,6 +259,14 @@ class Site:
         """Write ``policy.yaml``: that of the tests with ``changes``."""
         (self.home / "policy.yaml").write_text(yaml.safe_dump({**POLICY, **changes}))
 
+    def progress(self, digest: str) -> dict[str, Any]:
+        """Return what it says that it is at in a study; empty while it is at nothing of it."""
+        try:
+            said: dict[str, Any] = json.loads((self.home / "run" / "progress.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return said if said["digest"] == digest else {}
+
     def start(self) -> None:
         """Run ``site start`` and wait until the aggregator and Flower know that it is there."""
         self.launch()
@@ -276,10 +307,13 @@ class Federation:
     ----------
     folder : Path
         Everything lies below it.
+    init : object
+        Further options of ``server init``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *init: object) -> None:
         self.folder = folder
+        self._init = init
         self.home = folder / "aggregator"
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
@@ -287,7 +321,7 @@ class Federation:
         self.running: Running | None = None
 
     def __enter__(self) -> Federation:
-        self.server("init", "--address", self.address, "--name", "tests").data  # noqa: B018
+        self.server("init", "--address", self.address, "--name", "tests", *self._init).data  # noqa: B018
         self.start()
         return self
 
@@ -395,6 +429,18 @@ class Federation:
         self.study("run", digest).data  # noqa: B018
         data: dict[str, Any] = self.study("watch", digest, timeout=timeout).data
         return data
+
+    def model(self, digest: str) -> Path:
+        """Return the file of a finished study's model."""
+        return self.home / "studies" / digest[:16] / "model.safetensors"
+
+    def simulate(self, study: Mapping[str, Any], folder: Path, *, together: int = 1) -> Answer:
+        """Simulate a study over the data of the three hospitals, in a folder of its own."""
+        sites = folder / "homes"
+        sites.mkdir()
+        for name in NAMES:  # other tests add sites of their own
+            (sites / name).symlink_to(self.sites[name].home, target_is_directory=True)
+        return simulate(study, sites, folder, together=together)
 
 
 def add_hospitals(

@@ -3,6 +3,7 @@ log and on the caller's own side, and with none on the wire."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
@@ -21,6 +22,7 @@ from federation import Federation, consilium, wait_for
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import Authority, certificate_pem
 from consilium_common.identity.certificates import SERVER_NAME, Role, urn
+from consilium_common.identity.keys import load_tls_key
 from consilium_common.wire.channel import CHANNEL_OPTIONS, Caller, Credentials
 from consilium_common.wire.methods import ERROR_KEY, OPERATOR_SITES, SITE_HELLO
 from consilium_common.wire.tls13 import grpc
@@ -119,6 +121,16 @@ def own_credentials(federation: Federation, name: str) -> Credentials:
 
 
 DAYS = timedelta(days=1)
+#: What the caller's own side says, by the code of its error. What it cannot know it does not guess.
+OWN_WORDS = {
+    "expired": f"The certificate of {SITE!r} expired on ",
+    "not-yet-valid": "This computer's clock is probably behind: ",
+    "wrong-usage": f"The certificate of {SITE!r} does not allow the use that site certificates",
+    "weak-key": "The certificate's key is neither EC P-384 nor Ed25519.",
+    "foreign": f"The certificate of {SITE!r} was issued by another consortium.",
+    "wrong-role": "The certificate",
+    "refused": "The aggregator refuses this certificate, which is valid in itself: ",
+}
 #: Per case: the certificate, what the aggregator's log says, what the caller finds on its own side.
 MADE = {
     "expired": (Made(p384(), starts=-2 * DAYS, ends=-DAYS), "expired", "expired"),
@@ -185,6 +197,7 @@ def test_a_certificate_is_refused_with_its_reason_in_both_logs_and_none_on_the_w
         ):
             caller.call(method, {})
         assert caught.value.code == f"identity.{own}"
+        assert caught.value.message.startswith(OWN_WORDS[own])
         assert caught.value.hint
     said = on_the_wire(federation, credentials, method)
     assert said in (b"", ONE_SENTENCE)
@@ -220,7 +233,7 @@ def on_the_wire(federation: Federation, credentials: Credentials, method: str) -
             trailing = dict(error.trailing_metadata() or ())
             if ERROR_KEY not in trailing:
                 assert error.code() is grpc.StatusCode.UNAVAILABLE
-                assert application_bytes(federation, credentials) == b""
+                assert after_the_handshake(federation, credentials) == b""
                 return b""
             assert set(trailing) == {ERROR_KEY}
             assert error.code() is grpc.StatusCode.PERMISSION_DENIED
@@ -229,23 +242,34 @@ def on_the_wire(federation: Federation, credentials: Credentials, method: str) -
     raise AssertionError("the call was answered")
 
 
-def application_bytes(federation: Federation, credentials: Credentials) -> bytes:
-    """Return what comes through TLS before the aggregator ends it with an alert."""
+def after_the_handshake(federation: Federation, credentials: Credentials) -> bytes:
+    """Return all that the aggregator sends once it has seen this certificate, as it is on the wire.
+
+    In TLS 1.3 it judges a caller's certificate after its own part of the handshake is done: what
+    follows could be an alert that names the reason, and each reason has an alert of its own.
+    """
     context = ssl.create_default_context(cadata=credentials.authority.decode())
     context.set_alpn_protocols(["h2"])
     if credentials.certificate:
         folder = federation.folder
         (folder / "caller.pem").write_bytes(credentials.certificate + credentials.key)
         context.load_cert_chain(folder / "caller.pem")
-    came = b""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    stream = context.wrap_bio(incoming, outgoing, server_hostname=SERVER_NAME)
     with socket.create_connection(("127.0.0.1", federation.port), timeout=10) as raw:
-        try:
-            with context.wrap_socket(raw, server_hostname=SERVER_NAME) as stream:
-                stream.sendall(PREFACE)
-                while content := stream.recv(4096):
-                    came += content
-        except (ssl.SSLError, ConnectionError):
-            pass
+        while True:
+            try:
+                stream.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                raw.sendall(outgoing.read())
+                incoming.write(raw.recv(65536))
+        stream.write(PREFACE)
+        came = b""
+        with contextlib.suppress(ConnectionError):  # it may hang up before it has read it all
+            raw.sendall(outgoing.read())
+            while content := raw.recv(65536):
+                came += content
     return came
 
 
@@ -254,21 +278,31 @@ def test_a_good_certificate_is_answered_on_the_same_port(federation: Federation)
         assert caller.call("/consilium.v1.Site/Studies", {}) is not None
 
 
-def test_a_site_whose_certificate_has_expired_says_so_itself(
-    federation: Federation, authority: Authority
+@pytest.mark.parametrize("own", ["expired", "wrong-usage", "foreign"])
+def test_a_site_says_itself_what_is_wrong_with_its_certificate(
+    federation: Federation, authority: Authority, own: str
 ) -> None:
     site = federation.sites[SITE]
     path = site.home / "identity" / "site.pem"
     kept = path.read_bytes()
-    key = serialization.load_pem_private_key(
-        (site.home / "identity" / "site-key.pem").read_bytes(), None
-    )
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    key = load_tls_key(site.home / "identity" / "site-key.pem")
+    issuer = Authority.create("elsewhere") if own == "foreign" else authority
+    made = {
+        "expired": Made(key, starts=-2 * DAYS, ends=-DAYS),
+        "wrong-usage": Made(key, purpose=None),
+        "foreign": Made(key),
+    }[own]
     try:
-        path.write_bytes(
-            Made(key, starts=-2 * DAYS, ends=-DAYS).by(authority, authority).certificate
-        )
-        assert site("studies").code == "identity.expired"
+        path.write_bytes(made.by(issuer, authority).certificate)
+        error = site("studies").error
+        assert error["code"] == f"identity.{own}"
+        assert error["message"].startswith(OWN_WORDS[own])
+        if own == "expired":
+            # And in the log of the site that was to run, which ends.
+            site.launch()
+            assert site.running is not None
+            wait_for(site.running.ended, "the site's end")
+            assert f"identity.expired: {OWN_WORDS[own]}" in site.running.output
     finally:
         path.write_bytes(kept)
     assert site("studies").status == 0

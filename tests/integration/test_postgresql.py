@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError
+from federation import Federation, add_hospitals, small_study
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import IntegrityError, OperationalError
 
+from consilium_common.demo.hospitals import NAMES
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import Authority
 from consilium_common.processes import free_port
@@ -76,9 +78,6 @@ def server() -> Iterator[str]:
 
 
 def _wait(url: str) -> None:
-    from sqlalchemy import create_engine
-    from sqlalchemy.exc import OperationalError
-
     engine = create_engine(url)
     for _ in range(600):
         try:
@@ -95,12 +94,17 @@ def _named(folder: Path, database: object) -> Path:
 
 
 @pytest.fixture
-def registry(server: str, tmp_path: Path) -> Iterator[Registry]:
-    registry = Registry(_named(tmp_path, server))
-    yield registry
-    with registry.transaction() as session:
-        session.execute(text("DROP SCHEMA public CASCADE"))
-        session.execute(text("CREATE SCHEMA public"))
+def database(server: str) -> Iterator[str]:
+    """Return the URL of a database in which nothing is left afterwards."""
+    yield server
+    with create_engine(server).begin() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+
+
+@pytest.fixture
+def registry(database: str, tmp_path: Path) -> Registry:
+    return Registry(_named(tmp_path, database))
 
 
 def _study(registry: Registry) -> str:
@@ -209,6 +213,36 @@ def test_a_new_aggregator_keeps_everything_there_from_its_first_day(
     for check in doctor.checks():
         if check.name in ("configuration", "rights", "clock", "registry", "audit log", "members"):
             check.look()
+
+
+@pytest.mark.long
+def test_a_study_goes_on_when_its_aggregator_is_killed_and_its_registry_is_here(
+    database: str, tmp_path: Path
+) -> None:
+    file, folder, (name, *_) = tmp_path / "database", tmp_path / "federation", NAMES
+    file.write_text(database)
+    folder.mkdir()
+    with Federation(folder, "--database-file", file) as federation:
+        add_hospitals(federation, [name])
+        study = small_study(
+            "kept-in-postgresql",
+            training={"steps_per_round": 100},
+            federation={"rounds": 2, "quorum": 1},
+        )
+        digest = federation.propose(study)
+        federation.approve(digest, name)
+        federation.study("run", digest).data  # noqa: B018
+        before = federation.wait_until(digest, lambda data: bool(data["rounds"]), "a round")
+        federation.kill()
+        assert len(before["rounds"]) == 1, "it ended before the aggregator was killed"
+        federation.start()
+        after = federation.study("watch", digest).data
+        assert after["state"] == "finished"
+        assert [row["number"] for row in after["rounds"]] == [0, 1]
+        assert after["rounds"][0] == before["rounds"][0]
+        said = [row["why"] for row in federation.study("log", digest).data["history"]]
+        assert any("the aggregator was started anew" in why for why in said), said
+        assert not list(federation.home.glob("registry.db*"))
 
 
 def test_a_database_that_is_not_there_is_one_clear_error_without_its_password(
