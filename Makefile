@@ -26,7 +26,11 @@ demo: $(VENV)/.runtime
 	@$(RUN) -m consilium_common demo --out "$(OUT)" \
 	  $(if $(STUDY),--study "$(STUDY)") $(if $(DATA),--data "$(DATA)")
 
-test: lint unit integration long
+# The first two side by side: types are checked on one processor.
+test:
+	@$(MAKE) --no-print-directory -j2 lint unit
+	@$(MAKE) --no-print-directory integration
+	@$(MAKE) --no-print-directory long
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
