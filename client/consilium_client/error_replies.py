@@ -32,7 +32,7 @@ PUBLIC_CODES: Final = frozenset(
         "threat-model-refused too-few-sites truth uncharged-update unknown-charge unreachable "
         "update-lost witness-conflict",
         "run": "bad-message bad-update cohort-size declared diverged foreign-bundle no-model "
-        "not-expected round site-failed worker-busy worker-died",
+        "not-expected out-of-memory round site-failed worker-busy worker-died worker-hung",
         "state": "bad-config busy device disk folder patient-key precision quota receipts store",
         "study": "automatic-bounds automatic-ended decided-anew invalid network not-approved "
         "outside-hours patches start trainable withdrawn withheld",

@@ -92,6 +92,7 @@ class Link:
         heard: Callable[[Greeting], None] = lambda _: None,
     ) -> None:
         self._home = home
+        self._node_file = home.run / "node.json"
         self._identity = identity
         # The same key for the site's whole life: it is the Flower node's too.
         self._key = load_tls_key(identity.folder / "site-key.pem")
@@ -177,9 +178,9 @@ class Link:
                 self._transfers.fetch(*wanted, lambda: self._gate.require_fitting(*wanted))
         if call == "ActivateNode":
             node = {"node_id": self._calls.own_node()}
-            write_atomic(self._home.run / "node.json", json.dumps(node).encode())
+            write_atomic(self._node_file, json.dumps(node).encode())
         if call == "DeactivateNode":
-            (self._home.run / "node.json").unlink(missing_ok=True)
+            self._node_file.unlink(missing_ok=True)
         if call == "PullMessages":
             self._replied_before = self._replied_at()
         if call == "ConfirmMessageReceived":
@@ -371,17 +372,16 @@ class Link:
         """
         # What the predecessor was asked is lost with it: a new session tells the aggregator so.
         self._session = secrets.token_hex(8)
-        path = self._home.run / "node.json"
-        if not path.exists():
+        if not self._node_file.exists():
             return
-        node_id = int(json.loads(path.read_text(encoding="utf-8"))["node_id"])
+        node_id = int(json.loads(self._node_file.read_text(encoding="utf-8"))["node_id"])
         with contextlib.suppress(grpc.aio.AioRpcError):
             await self._connection.unary(fleet_method("DeactivateNode"))(
                 deactivate_request(node_id),
                 metadata=node_headers(self._key, self._clock_ahead),
                 timeout=seconds,
             )
-        path.unlink(missing_ok=True)
+        self._node_file.unlink(missing_ok=True)
 
     async def close(self) -> None:
         """Close the channel."""

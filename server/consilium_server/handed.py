@@ -14,7 +14,7 @@ from consilium_server.flower_private import asked_after, messages_in
 
 #: Messages of a node that are remembered; a SuperNode works on one at a time.
 _MOST: Final = 64
-#: The calls that name a run, and all but the first two an object of it.
+#: The calls that name a run, and some of them an object of it.
 _NAMING: Final = frozenset({"GetRun", "GetFab", "PullObject", "ConfirmMessageReceived"})
 
 

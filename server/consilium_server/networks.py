@@ -78,14 +78,19 @@ def remember(study: Study, file: Path) -> None:
     write_atomic(file, canonical_json({**_to_json(exchanged(study)), "release": __version__}))
 
 
-def recall(study: Study, file: Path) -> None:
-    """Learn what :func:`remember` wrote; a file of another release, or none, teaches nothing."""
+def recall(study: Study, file: Path) -> bool:
+    """Learn what :func:`remember` wrote, and return whether it was of use.
+
+    A file of another release, or none, teaches nothing.
+    """
     try:
         known = json.loads(file.read_bytes())
-        if known["release"] == __version__:
-            _learn(study, _from_json(known))
+        if known["release"] != __version__:
+            return False
+        _learn(study, _from_json(known))
     except (OSError, ValueError, TypeError, KeyError):
-        return
+        return False
+    return True
 
 
 def _torch_is_loaded() -> bool:

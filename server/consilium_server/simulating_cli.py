@@ -35,8 +35,8 @@ def simulate(
 
     Sites, ledgers and certificates are made for it and good for nothing else: no site is asked, no
     budget of a real site is spent, and nothing leaves. The model is that of the same study over
-    the network, bit for bit, where no privacy noise is drawn, every site
-    answers every round, and all train on alike CPUs.
+    the network, bit for bit, where no privacy noise is drawn, every site answers every round, and
+    all train on alike CPUs.
     """
     from consilium_common.study.load import load_study
     from consilium_server.simulating import simulate as simulate_study

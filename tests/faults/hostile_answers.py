@@ -7,17 +7,16 @@ anything that gRPC carries.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import random
-import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import Any
 
 from egress_samples import Question, SuperLink
 from federation import Federation
 from fuzzed_frames import mutated
+from serving_samples import in_own_loop
 
 from consilium_common import __version__
 from consilium_common.canonical import canonical_json
@@ -82,33 +81,17 @@ class HostileAggregator:
         self._federation = federation
         self._source = source
         self._honest = SuperLink()
-        self._loop = asyncio.new_event_loop()
-        self._ended = asyncio.Event()
 
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
+    def serving(self) -> AbstractContextManager[None]:
         """Serve until the end of the block."""
-        ready = threading.Event()
-        thread = threading.Thread(
-            target=self._loop.run_until_complete, args=(self._serve(ready),), daemon=True
-        )
-        thread.start()
-        assert ready.wait(30)
-        try:
-            yield
-        finally:
-            self._loop.call_soon_threadsafe(self._ended.set)
-            thread.join(20)
-            self._loop.close()
+        return in_own_loop(self._start)
 
-    async def _serve(self, ready: threading.Event) -> None:
+    async def _start(self) -> Callable[[], Awaitable[Any]]:
         server = grpc.aio.server(handlers=(_Everything(self._answer),))
         presented = Presented(self._federation.home / "identity")
         assert server.add_secure_port(self._federation.address, presented.credentials())
         await server.start()
-        ready.set()
-        await self._ended.wait()
-        await server.stop(0.1)
+        return lambda: server.stop(0.1)
 
     async def _answer(self, method: str, context: Any) -> None:
         asked = await context.read()

@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 from flwr.proto.run_pb2 import GetRunResponse, Run
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from serving_samples import in_own_loop
 
 from consilium_client.home import SiteHome
 from consilium_client.store import StudyStore
@@ -76,8 +77,6 @@ class Compromised(SuperLink):
         self.models: dict[str, bytes] = {}
         self._federation = federation
         self._bundles = {HONEST_RUN: (bundle_hash(), bundle())}
-        self._loop = asyncio.new_event_loop()
-        self._ended = asyncio.Event()
 
     def offer(self, content: bytes) -> Reference:
         """Have a model ready under its true name."""
@@ -158,23 +157,11 @@ class Compromised(SuperLink):
 
     # --- serving -----------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
+    def serving(self) -> AbstractContextManager[None]:
         """Serve at the aggregator's address until the end of the block."""
-        ready = threading.Event()
-        thread = threading.Thread(
-            target=self._loop.run_until_complete, args=(self._serve(ready),), daemon=True
-        )
-        thread.start()
-        assert ready.wait(30)
-        try:
-            yield
-        finally:
-            self._loop.call_soon_threadsafe(self._ended.set)
-            thread.join(20)
-            self._loop.close()
+        return in_own_loop(self._start)
 
-    async def _serve(self, ready: threading.Event) -> None:
+    async def _start(self) -> Callable[[], Awaitable[Any]]:
         home = ServerHome.existing(self._federation.home)
         registry = Registry(home.database)
         registry.set_node(HOSPITAL, NODE)
@@ -196,13 +183,15 @@ class Compromised(SuperLink):
             {SITE_FETCH: self._fetch, SITE_DELIVER: self._deliver},
         )
         await gateway.start("127.0.0.1", self._federation.port, home.identity)
-        ready.set()
-        await self._ended.wait()
-        await gateway.stop(0.1)
-        held = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in held:
-            task.cancel()
-        await asyncio.gather(*held, return_exceptions=True)
+
+        async def stop() -> None:
+            await gateway.stop(0.1)
+            held = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in held:
+                task.cancel()
+            await asyncio.gather(*held, return_exceptions=True)
+
+        return stop
 
     def _lying(self, method: str, service: Any) -> Any:
         async def answer(peer: Any, request: dict[str, Any]) -> Any:

@@ -28,8 +28,10 @@ from site_samples import NAME, JoinedSite
 from site_samples import plain_study as tiny_plain_study
 from site_samples import private_study as tiny_private_study
 
+from consilium_client import flower_private
 from consilium_client.declared import Declarations, declared
 from consilium_client.egress import EgressGate, Passed
+from consilium_client.error_replies import error_reason
 from consilium_client.flower_private_fleet import Announced, Asked, announced_in, asked_in
 from consilium_client.link import Link
 from consilium_client.store import StudyStore
@@ -445,3 +447,14 @@ def refused(action: Callable[[], object], code: str = "privacy.egress") -> bool:
         assert error.code == code, error
         return True
     return False
+
+
+def run_task(app: Any) -> None:
+    """Have one task done as the site's executor does it; who calls says what Flower's ends are."""
+    flower_private.run_client_task(
+        "127.0.0.1:1",
+        "token",
+        app,
+        public_reason=error_reason,
+        watch=lambda _: lambda: False,
+    )

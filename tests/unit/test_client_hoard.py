@@ -17,6 +17,7 @@ from egress_samples import (
     converse,
     plain_study,
     reference,
+    run_task,
     trained,
 )
 from flwr.app import ArrayRecord, Context, Message, RecordDict
@@ -43,8 +44,6 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from site_samples import JoinedSite
 
-from consilium_client import flower_private
-from consilium_client.error_replies import error_reason
 from consilium_client.link import Link
 from consilium_client.store import StudyStore
 from consilium_common.flower_bundle import bundle, bundle_hash
@@ -128,13 +127,7 @@ def question(site: JoinedSite, monkeypatch: pytest.MonkeyPatch) -> Question:
 
 def run(runtime: SuperNodeRuntime, app: ClientApp, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RuntimeHttpClient, "from_server_address", lambda **_: runtime)
-    flower_private.run_client_task(
-        "127.0.0.1:1",
-        "token",
-        app,
-        public_reason=error_reason,
-        watch=lambda _: lambda: False,
-    )
+    run_task(app)
 
 
 def test_nothing_that_an_app_hoards_in_its_context_is_given_away(

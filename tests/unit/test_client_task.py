@@ -8,9 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from egress_samples import run_task
 
-from consilium_client import flower_private
-from consilium_client.error_replies import error_reason
 from consilium_common.errors import ConsiliumError
 from consilium_common.flower_bundle import bundle, bundle_hash
 
@@ -59,16 +58,6 @@ def task(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return kept
 
 
-def run(task: SimpleNamespace, app: Any) -> None:
-    flower_private.run_client_task(
-        "127.0.0.1:1",
-        "token",
-        app,
-        public_reason=error_reason,
-        watch=lambda _: lambda: False,
-    )
-
-
 def answer(message: Any, _: object) -> Any:
     from flwr.app import Message, RecordDict
 
@@ -76,7 +65,7 @@ def answer(message: Any, _: object) -> Any:
 
 
 def test_our_own_bundle_is_run(task: SimpleNamespace) -> None:
-    run(task, answer)
+    run_task(answer)
     (reply,) = task.replies
     assert not reply.has_error()
     assert task.outcomes == ["completed"]
@@ -95,7 +84,7 @@ def test_a_foreign_bundle_is_answered_with_an_error_and_never_run(
     def app(_: object, __: object) -> None:
         raise AssertionError("it was run")
 
-    run(task, app)
+    run_task(app)
     (reply,) = task.replies
     assert reply.has_error()
     assert json.loads(reply.error.reason)["code"] == "run.foreign-bundle"
@@ -115,7 +104,7 @@ def test_whatever_goes_wrong_in_a_task_is_a_reply_and_never_silence(
         def breaks(_: object, __: object, error: Exception = error) -> None:
             raise error
 
-        run(task, breaks)
+        run_task(breaks)
         (reply,) = task.replies
         assert json.loads(reply.error.reason)["code"] == code
         assert "Doe" not in reply.error.reason

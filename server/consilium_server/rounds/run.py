@@ -66,9 +66,10 @@ class StudyRun:
         # A process killed while it wrote leaves a whole model's worth behind.
         shutil.rmtree(run.work, ignore_errors=True)
         network = run.folder / "network.json"
-        recall(self.study, network)
+        recalled = recall(self.study, network)
         checkpoint = load_checkpoint(run.folder) or Checkpoint(0, self._start())
-        remember(self.study, network)
+        if not recalled:
+            remember(self.study, network)
         require_recorded(run, checkpoint)
         if checkpoint.rounds_done == 0:
             seconds = self.study.federation.longest_seconds
