@@ -30,6 +30,11 @@ _WARM_MODULES: Final = [
     "consilium_client.local_round",
     "consilium_client.statistics_query",
     "consilium_client.training.session",
+    # What they import only when they first use it: the optimiser, the accounting, the pictures.
+    "torch._dynamo",
+    "dp_accounting.rdp",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
 ]
 _STOP_SECONDS: Final = 3.0
 #: A worker may be silent for as long as a round of its study may take, and at least so long: what

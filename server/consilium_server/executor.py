@@ -30,7 +30,15 @@ from consilium_server.reserve import Reserve
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS: Final = 0.2
-WARM_MODULES: Final = ["flwr.serverapp", "consilium_server.app"]
+WARM_MODULES: Final = [
+    "flwr.serverapp",
+    "consilium_server.app",
+    # What a task imports only when it begins.
+    "flwr.cli.build",
+    "flwr.supercore.heartbeat",
+    "flwr.superlink.grid",
+    "httpcore",
+]
 #: Looks this often whether a run is still wanted.
 _WANTED_SECONDS: Final = 1.0
 #: A run is named in the registry a moment after it has begun, and takes its leave of Flower a
