@@ -7,6 +7,7 @@ from typing import Any
 
 from consilium_client.identity import SiteIdentity
 from consilium_common.errors import ConsiliumError
+from consilium_common.identity.certificates import Role
 from consilium_common.identity.trust import Trust
 from consilium_common.study import Study
 from consilium_common.study.approval import standing
@@ -120,6 +121,7 @@ def _checked(row: dict[str, Any], trust: Trust) -> Proposal:
         str(row["signer_pem"]),
         trust,
         name=proposer,
+        role=Role.PROPOSER,
         kept=True,
     )
     decision = row["decision"]
@@ -147,6 +149,7 @@ def _cosigners(study: Study, rows: list[dict[str, Any]], trust: Trust) -> tuple[
                 str(row["signer_pem"]),
                 trust,
                 name=operator,
+                role=Role.PROPOSER,
                 kept=True,
             )
             found.append(operator)

@@ -7,7 +7,7 @@ from pathlib import Path
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import require_new
 from consilium_common.identity.authority import requested_key
-from consilium_common.identity.certificates import Role, describe, load_certificate
+from consilium_common.identity.certificates import SIGNING_ROLE_OF, Role, describe, load_certificate
 from consilium_common.identity.enrolment import (
     Certificates,
     JoinRequest,
@@ -98,7 +98,8 @@ def _known(registry: Registry, request: JoinRequest) -> Issued | None:
         return None
     asked = [(request.request_pem, Role(request.role), member.certificate_pem)]
     if request.signer_request_pem is not None:
-        asked.append((request.signer_request_pem, Role.SIGNER, member.signer_pem))
+        signing = SIGNING_ROLE_OF[Role(request.role)]
+        asked.append((request.signer_request_pem, signing, member.signer_pem))
     for request_pem, role, pem in asked:
         key = describe(load_certificate(pem.encode())).public_key
         if requested_key(request_pem.encode(), role) != key:

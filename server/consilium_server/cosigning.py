@@ -8,6 +8,7 @@ from sqlalchemy import String, select
 from sqlalchemy.orm import Mapped, mapped_column
 
 from consilium_common.errors import ConsiliumError
+from consilium_common.identity.certificates import Role
 from consilium_common.study.approval import standing
 from consilium_common.wire.statements import check_signed, cosignature_statement
 from consilium_server.database import insert_new
@@ -57,6 +58,7 @@ def cosign(
         operator.signer_pem,
         trust,
         name=operator.name,
+        role=Role.PROPOSER,
     )
     values = {
         "digest": row.digest,

@@ -19,6 +19,7 @@ from consilium_common.identity.authority import (
 )
 from consilium_common.identity.certificates import (
     SERVER_NAME,
+    SIGNING_ROLE_OF,
     Role,
     due_for_renewal,
     load_certificate,
@@ -133,7 +134,7 @@ class HomeIssuer:
         """Certify, or queue; as :meth:`Issuer.issue`."""
         requested_key(request_pem, role)
         if signer_request_pem is not None:
-            requested_key(signer_request_pem, Role.SIGNER)
+            requested_key(signer_request_pem, SIGNING_ROLE_OF[role])
         authorities = self._authorities.value()
         if authorities is None:
             trusted = self.trust.authorities
@@ -228,7 +229,7 @@ def issue_with(
     certificate = authority.issue_from_request(request_pem, role, name, hosts=hosts)
     signer = None
     if signer_request_pem is not None:
-        issued = authority.issue_from_request(signer_request_pem, Role.SIGNER, name)
+        issued = authority.issue_from_request(signer_request_pem, SIGNING_ROLE_OF[role], name)
         signer = certificate_pem(issued).decode()
     return Issued(certificate_pem(certificate).decode(), signer)
 

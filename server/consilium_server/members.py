@@ -110,7 +110,7 @@ def initialise(
     save_private(folder / "operator-key.pem", key)
     save_private(folder / "operator-signing-key.pem", signer_key)
     certificate = authority.issue(key.public_key(), Role.OPERATOR, OPERATOR_NAME)
-    signer = authority.issue(signer_key.public_key(), Role.SIGNER, OPERATOR_NAME)
+    signer = authority.issue(signer_key.public_key(), Role.PROPOSER, OPERATOR_NAME)
     write_atomic(folder / "operator.pem", certificate_pem(certificate))
     write_atomic(folder / "operator-signer.pem", certificate_pem(signer))
     WitnessKey.ensure(folder, authority)

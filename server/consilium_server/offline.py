@@ -19,7 +19,7 @@ from sqlalchemy import select
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import Authority, requested_key
-from consilium_common.identity.certificates import Role, load_certificate
+from consilium_common.identity.certificates import SIGNING_ROLE_OF, Role, load_certificate
 from consilium_common.identity.enrolment import read_form
 from consilium_common.identity.keys import load_signing_key, public_fingerprint, verify_signature
 from consilium_common.identity.trust import Trust
@@ -261,7 +261,8 @@ def _check_answer(row: CertificateRequest, answered: Answered, trust: Trust, pat
     if (row.signer_request_pem is None) is not (answered.signer_pem is None):
         raise _unfit(path)
     if row.signer_request_pem is not None and answered.signer_pem is not None:
-        pairs.append((answered.signer_pem, row.signer_request_pem, Role.SIGNER))
+        signing = SIGNING_ROLE_OF[Role(row.role)]
+        pairs.append((answered.signer_pem, row.signer_request_pem, signing))
     for certificate_pem, request_pem, role in pairs:
         certified = trust.check(load_certificate(certificate_pem.encode(), where=str(path)))
         if (certified.name, certified.role) != (row.name, role) or (

@@ -12,7 +12,12 @@ from sqlalchemy.orm import Mapped, mapped_column
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import requested_key
-from consilium_common.identity.certificates import Role, due_for_renewal, load_certificate
+from consilium_common.identity.certificates import (
+    SIGNING_ROLE_OF,
+    Role,
+    due_for_renewal,
+    load_certificate,
+)
 from consilium_common.identity.keys import public_fingerprint
 from consilium_server.registry import Registry
 from consilium_server.tables import Base, now
@@ -60,12 +65,15 @@ class Wanted:
     @property
     def digest(self) -> str:
         """SHA-256 of what is asked for: the same keys again are the same request."""
-        signer = self.signer_request_pem
+        signer = None
+        if self.signer_request_pem is not None:
+            signing = SIGNING_ROLE_OF[self.role]
+            signer = public_fingerprint(requested_key(self.signer_request_pem, signing))
         asked = {
             "name": self.name,
             "role": str(self.role),
             "key": public_fingerprint(requested_key(self.request_pem, self.role)),
-            "signer": signer and public_fingerprint(requested_key(signer, Role.SIGNER)),
+            "signer": signer,
             "hosts": list(self.hosts),
             "authority": self.authority,
         }

@@ -1,4 +1,4 @@
-"""The running aggregator renews its own certificate; calls that are held do not notice."""
+"""Certificates and authorities are replaced under a running aggregator; sites do not notice."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from federation import Federation, Running, wait_for
+from federation import Federation, Running, add_hospitals, small_study, wait_for
 
+from consilium_common.demo.hospitals import NAMES
 from consilium_common.files import write_atomic
 from consilium_common.identity.authority import MEMBER_DAYS, Authority, certificate_pem
 from consilium_common.identity.certificates import SERVER_NAME, Role, read_certificate
 from consilium_common.identity.keys import load_tls_key
+from consilium_common.identity.trust import Trust
 
 #: `consilium` as it is, but that the hour until the aggregator looks again is half a second.
 _HURRIED = """
@@ -111,3 +113,43 @@ def test_the_servers_certificate_is_renewed_under_calls_that_are_held(hurried: H
         assert words not in site.running.output
     # And it is not renewed again and again.
     assert hurried.running.output.count("the server's certificate was renewed") == 1
+
+
+def test_the_authority_is_replaced_under_a_study_that_goes_on(tmp_path: Path) -> None:
+    with Federation(tmp_path) as federation:
+        add_hospitals(federation, NAMES[:1], NAMES[:1])
+        site = federation.sites[NAMES[0]]
+        assert federation.running is not None and site.running is not None
+        old = read_certificate(federation.home / "identity" / "authority.pem")
+        many = small_study("rotation", federation={"rounds": 500, "quorum": 1})
+        digest = federation.propose(many)
+        federation.approve(digest, site.name)
+        federation.study("run", digest).data  # noqa: B018
+
+        def goes_on() -> None:
+            before = len(federation.show(digest)["rounds"])
+            federation.wait_until(digest, lambda data: len(data["rounds"]) > before + 1, "rounds")
+
+        goes_on()
+        assert federation.server("rotate", "authority").data["authorities"] == 2
+        goes_on()
+        # A member that has not followed yet would be shut out, so it is waited for.
+        wait_for(
+            lambda: not federation.server("rotate", "authority", "--finish").status,
+            "the site to follow the new authority",
+        )
+        goes_on()
+        new = Trust.read(federation.home / "identity" / "authority.pem").authorities
+        assert len(new) == 1 and old not in new
+        certified = read_certificate(site.home / "identity" / "site.pem")
+        certified.verify_directly_issued_by(new[0])
+        assert shown(federation, site.home).issuer == new[0].subject
+        assert "interrupted" not in site.running.output
+        # Whoever starts now knows the new one alone.
+        site.stop()
+        site.start()
+        goes_on()
+        federation.study("stop", digest).data  # noqa: B018
+        federation.wait_until(digest, lambda data: data["state"] == "stopped", "its end")
+        assert Trust.read(site.home / "identity" / "authority.pem").authorities == new
+        assert "Traceback" not in federation.running.output + site.running.output

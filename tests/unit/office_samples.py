@@ -18,7 +18,7 @@ from consilium_common.identity.authority import (
     certificate_pem,
     requested_key,
 )
-from consilium_common.identity.certificates import Role, describe
+from consilium_common.identity.certificates import SIGNING_ROLE_OF, Role, describe
 from consilium_common.identity.invitation import Invitation, write_invitation
 from consilium_common.identity.keys import new_tls_key, private_pem, save_private
 from consilium_common.identity.trust import Trust
@@ -82,9 +82,10 @@ class ShortIssuer:
         if self.offline:
             return None
         assert signer_request_pem is not None
+        signing = SIGNING_ROLE_OF[role]
         return Issued(
             self.certify(requested_key(request_pem, role), role, name),
-            self.certify(requested_key(signer_request_pem, Role.SIGNER), Role.SIGNER, name),
+            self.certify(requested_key(signer_request_pem, signing), signing, name),
         )
 
 

@@ -100,9 +100,14 @@ class Consortium:
         self.keys = {name: new_signing_key() for name in (*OPERATORS, "mallory")}
         self.rows: list[dict[str, Any]] = []
 
-    def pem(self, name: str, key: ed25519.Ed25519PrivateKey | None = None) -> str:
+    def pem(
+        self,
+        name: str,
+        key: ed25519.Ed25519PrivateKey | None = None,
+        role: Role = Role.PROPOSER,
+    ) -> str:
         key = key or self.keys[name]
-        issued = self.site.authority.issue(key.public_key(), Role.SIGNER, name)
+        issued = self.site.authority.issue(key.public_key(), role, name)
         return certificate_pem(issued).decode()
 
     def propose(self, study: Study, proposer: str, *cosigners: str) -> None:
@@ -176,12 +181,21 @@ def test_a_forged_signature_is_an_alarm_and_not_merely_uncounted(consortium: Con
         {**consortium.row(other, "bob")},
         {**consortium.row(study, "carol"), "operator": "bob"},
         {**consortium.row(study, "bob"), "signer_pem": consortium.pem("bob", new_signing_key())},
+        # Of a site that has the operator's name: its key is certified for approvals and its ledger.
+        {**consortium.row(study, "bob"), "signer_pem": consortium.pem("bob", role=Role.SIGNER)},
     )
     for forged in forgeries:
         consortium.propose(study, "alice")
         consortium.rows[0]["signatures"] = [forged]
         with refused("identity.bad-signature"):
             consortium.shown()
+
+
+def test_what_a_site_signed_is_no_proposal(consortium: Consortium) -> None:
+    consortium.propose(asking(), "alice")
+    consortium.rows[0]["signer_pem"] = consortium.pem("alice", role=Role.SIGNER)
+    with refused("identity.bad-signature"):
+        consortium.shown()
 
 
 @pytest.mark.parametrize(

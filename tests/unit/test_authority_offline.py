@@ -230,6 +230,7 @@ def test_certificates_that_do_not_fit_what_waits_are_not_taken(place: Place) -> 
         ({"certificate_pem": pem(name="east")}, "identity.bad-certificate"),
         ({"signer_pem": None}, "identity.bad-certificate"),
         ({"signer_pem": pem(Role.SIGNER, key=new_signing_key())}, "identity.bad-certificate"),
+        ({"signer_pem": pem(Role.PROPOSER, key=SIGNING)}, "identity.bad-certificate"),
         ({"certificate_pem": certificate_pem(foreign).decode()}, "identity.foreign"),
         ({"certificate_pem": "nonsense"}, "identity.bad-certificate"),
         ({"id": "0" * 64}, "identity.no-request"),

@@ -209,7 +209,9 @@ def test_each_role_reaches_its_own_services_alone(house: House, role: Role) -> N
     house.run(scenario)
 
 
-@pytest.mark.parametrize("role", [Role.SERVER, Role.SIGNER, Role.WITNESS, Role.AUDITOR])
+@pytest.mark.parametrize(
+    "role", [Role.SERVER, Role.SIGNER, Role.PROPOSER, Role.WITNESS, Role.AUDITOR]
+)
 def test_certificates_of_other_roles_open_nothing(house: House, role: Role) -> None:
     credentials = member_credentials(house.authority, role, "north")
     status, code, _ = house.ask(credentials, SITE_HELLO)

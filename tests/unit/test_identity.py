@@ -96,6 +96,7 @@ def test_only_the_servers_certificate_can_serve(role: Role) -> None:
     usage = {
         Role.SERVER: [ExtendedKeyUsageOID.SERVER_AUTH],
         Role.SIGNER: None,
+        Role.PROPOSER: None,
         Role.WITNESS: None,
     }.get(role, [ExtendedKeyUsageOID.CLIENT_AUTH])
     if usage is None:
@@ -170,6 +171,7 @@ def test_a_request_with_the_wrong_kind_of_key_is_refused() -> None:
         (small, Role.SITE),
         (signing, Role.SITE),
         (KEY, Role.SIGNER),
+        (KEY, Role.PROPOSER),
         (KEY, Role.WITNESS),
     ):
         request = signing_request(key, "x")
@@ -285,7 +287,9 @@ def test_a_statement_is_taken_from_the_named_signer_alone() -> None:
         "d" * 64, "north", "approved", cohort_size=20, evaluation_size=5, why=""
     )
     signature = sign(key, statement)
-    check_signed(statement, signature, signer, AUTHORITY.certificate, name="north")
+    check_signed(
+        statement, signature, signer, AUTHORITY.certificate, name="north", role=Role.SIGNER
+    )
 
     def refused(**changes: object) -> str:
         arguments = {
@@ -294,6 +298,7 @@ def test_a_statement_is_taken_from_the_named_signer_alone() -> None:
             "signer_pem": signer,
             "authority": AUTHORITY.certificate,
             "name": "north",
+            "role": Role.SIGNER,
         }
         return code_of(check_signed, **{**arguments, **changes})
 
@@ -326,6 +331,7 @@ def test_a_statement_is_taken_from_the_named_signer_alone() -> None:
     # The key must be certified for signing, by this consortium.
     for role, kind, code in (
         (Role.WITNESS, key, "identity.bad-signature"),
+        (Role.PROPOSER, key, "identity.bad-signature"),
         (Role.SITE, KEY, "identity.bad-signature"),
         (Role.SITE, key, "identity.weak-key"),
     ):
@@ -338,15 +344,14 @@ def test_a_statement_is_taken_from_the_named_signer_alone() -> None:
 
 def test_a_signature_that_is_kept_outlives_its_signers_certificate() -> None:
     key = new_signing_key()
-    short = AUTHORITY.issue(key.public_key(), Role.SIGNER, "op", lifetime=timedelta(seconds=-1))
+    short = AUTHORITY.issue(key.public_key(), Role.PROPOSER, "op", lifetime=timedelta(seconds=-1))
     statement = proposal_statement("d" * 64, "op")
     signed = (statement, sign(key, statement), certificate_pem(short).decode())
-    check_signed(*signed, AUTHORITY.certificate, name="op", kept=True)
-    assert code_of(check_signed, *signed, AUTHORITY.certificate, name="op") == "identity.expired"
-    assert (
-        code_of(check_signed, *signed, AUTHORITY.certificate, name="other", kept=True)
-        == "identity.bad-signature"
-    )
+    judged = {"authority": AUTHORITY.certificate, "name": "op", "role": Role.PROPOSER}
+    check_signed(*signed, **judged, kept=True)
+    assert code_of(check_signed, *signed, **judged) == "identity.expired"
+    other = {**judged, "name": "other"}
+    assert code_of(check_signed, *signed, **other, kept=True) == "identity.bad-signature"
 
 
 def test_a_certificate_file_that_is_missing_or_none_is_named(tmp_path: Path) -> None:

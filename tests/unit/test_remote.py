@@ -69,7 +69,7 @@ def test_an_operator_works_from_anywhere_and_signs_with_a_key_of_their_own(
     row = aggregator.registry.study(proposed["digest"])
     assert row.proposed_by == "ada"
     signer = describe(load_certificate(row.signer_pem.encode()))
-    assert (signer.name, signer.role) == ("ada", Role.SIGNER)
+    assert (signer.name, signer.role) == ("ada", Role.PROPOSER)
     listed = consilium("study", "list", "--connect", folder)["studies"]
     assert [one["digest"] for one in listed] == [proposed["digest"]]
     shown = consilium("study", "show", proposed["digest"][:12], "--connect", folder)

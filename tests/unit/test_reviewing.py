@@ -132,7 +132,12 @@ def test_what_is_declared_is_signed_stored_and_sent(
     )
     signer = certificate_pem(site.authority.issue(site.signer.public_key(), Role.SIGNER, NAME))
     check_signed(
-        statement, said["signature"], signer.decode(), site.authority.certificate, name=NAME
+        statement,
+        said["signature"],
+        signer.decode(),
+        site.authority.certificate,
+        name=NAME,
+        role=Role.SIGNER,
     )
     kept = StudyStore(site.home).approved(asked().digest)
     assert (kept.cohort_size, kept.evaluation_size) == (

@@ -59,7 +59,7 @@ def callers(aggregator: Aggregator) -> dict[str, Credentials]:
         invited.certificate_pem.encode(),
         invited.private_key_pem.encode(),
     )
-    for role in (Role.SERVER, Role.SIGNER, Role.WITNESS):
+    for role in (Role.SERVER, Role.SIGNER, Role.PROPOSER, Role.WITNESS):
         # In the name of a member, so that nothing but the role can be what is refused.
         found[f"{role} as a client"] = member_credentials(aggregator.authority, role, "north")
     other = member_credentials(Authority.create("others"), Role.SITE, "north")

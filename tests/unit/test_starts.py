@@ -20,7 +20,7 @@ from consilium_client.home import SiteHome
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.identity.authority import Authority, certificate_pem
-from consilium_common.identity.certificates import Role, describe
+from consilium_common.identity.certificates import SIGNING_ROLE_OF, Role, describe
 from consilium_common.identity.keys import new_signing_key, new_tls_key
 from consilium_common.study import Study
 from consilium_common.wire import methods
@@ -157,7 +157,8 @@ class Office:
 
     def _join(self, name: str, role: Role) -> Peer:
         certificate = self.authority.issue(new_tls_key().public_key(), role, name)
-        signer = self.authority.issue(self.keys[name].public_key(), Role.SIGNER, name)
+        signing = SIGNING_ROLE_OF[role]
+        signer = self.authority.issue(self.keys[name].public_key(), signing, name)
         member = Member(
             name=name,
             role=role,

@@ -38,8 +38,10 @@ class Role(StrEnum):
     SITE = "site"
     #: The bootstrap certificate of an invitation file: enrolment, once, and nothing else.
     INVITATION = "invitation"
-    #: A site's or operator's Ed25519 key: it signs, and opens no connection.
+    #: A site's Ed25519 key: it signs approvals, ledger and receipts, and opens no connection.
     SIGNER = "signer"
+    #: An operator's Ed25519 key: it signs studies, and opens no connection.
+    PROPOSER = "proposer"
     #: The aggregator's Ed25519 key that countersigns the heads of the sites' ledgers.
     WITNESS = "witness"
     #: A key of the aggregator that certifies invitations and nothing else, for an authority whose
@@ -50,11 +52,13 @@ class Role(StrEnum):
 
 
 #: Roles of Ed25519 keys: they sign, and open no connection.
-SIGNING_ROLES: Final = frozenset({Role.SIGNER, Role.WITNESS})
+SIGNING_ROLES: Final = frozenset({Role.SIGNER, Role.PROPOSER, Role.WITNESS})
 #: Roles of keys that certify others.
 CERTIFYING_ROLES: Final = frozenset({Role.AUTHORITY, Role.ENROLMENT, Role.FORMER})
 #: Roles that an invitation can carry.
 MEMBER_ROLES: Final = (Role.SITE, Role.OPERATOR, Role.AUDITOR)
+#: The role of a member's signing key; an auditor has none.
+SIGNING_ROLE_OF: Final = {Role.SITE: Role.SIGNER, Role.OPERATOR: Role.PROPOSER}
 #: A certificate is renewed so many days before it ends.
 RENEW_DAYS: Final = 30
 

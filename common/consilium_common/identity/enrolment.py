@@ -19,7 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from consilium_common.canonical import canonical_json
 from consilium_common.errors import ConsiliumError
 from consilium_common.files import write_new
-from consilium_common.identity.certificates import Certified, Role, load_certificate
+from consilium_common.identity.certificates import (
+    SIGNING_ROLE_OF,
+    Certified,
+    Role,
+    load_certificate,
+)
 from consilium_common.identity.invitation import Invitation, InvitedRole
 from consilium_common.identity.keys import PublicKey
 from consilium_common.identity.trust import Trust, load_bundle
@@ -199,7 +204,7 @@ def check_answer(
     fits = (certified.name, certified.role) == holder and certified.public_key == public_key
     if signer_key is not None:
         signer = trust.check(load_certificate(_text(answer.get("signer_pem"))), now=now)
-        fits &= (signer.name, signer.role) == (holder[0], Role.SIGNER)
+        fits &= (signer.name, signer.role) == (holder[0], SIGNING_ROLE_OF.get(holder[1]))
         fits &= signer.public_key == signer_key
     if not fits:
         raise ConsiliumError(

@@ -200,7 +200,9 @@ class Personal:
         if self.role is not Role.OPERATOR:
             return certificate, None
         signing_key = self._signing_key().public_key()
-        return certificate, self._fitting(answer.get("signer_pem"), trust, Role.SIGNER, signing_key)
+        return certificate, self._fitting(
+            answer.get("signer_pem"), trust, Role.PROPOSER, signing_key
+        )
 
     def _fitting(self, pem: object, trust: Trust, role: Role, key: PublicKey) -> bytes:
         content = str(pem).encode()

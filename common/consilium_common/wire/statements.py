@@ -75,12 +75,15 @@ def check_signed(
     authority: x509.Certificate | Trust,
     *,
     name: str,
+    role: Role,
     kept: bool = False,
 ) -> None:
     """Check that ``name`` of this consortium signed the statement.
 
     Parameters
     ----------
+    role : Role
+        Of the signer's certificate: a site's key signs no study, and an operator's no approval.
     kept : bool
         True for what was signed earlier: whoever took it first asked whether the signer's
         certificate was in force then, and that it has ended or was renewed since takes nothing
@@ -101,7 +104,7 @@ def check_signed(
     except ValueError:
         content = b""
     if (
-        signer.role is not Role.SIGNER
+        signer.role is not role
         or signer.name != name
         or not isinstance(key, ed25519.Ed25519PublicKey)
         or not verify_signature(key, content, canonical_json(statement))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from consilium_common.errors import ConsiliumError
+from consilium_common.identity.certificates import Role
 from consilium_common.study.load import study_from_canonical
 from consilium_common.wire import methods
 from consilium_common.wire.statements import check_signed, proposal_statement
@@ -62,6 +63,7 @@ class OperatorServices:
                 peer.member.signer_pem,
                 self.issuer.trust,
                 name=peer.name,
+                role=Role.PROPOSER,
             )
         said: dict[str, Any] = {
             "proposed_by": peer.name,

@@ -8,7 +8,7 @@ from typing import Any
 
 from consilium_common import __version__
 from consilium_common.errors import ConsiliumError
-from consilium_common.identity.certificates import load_certificate
+from consilium_common.identity.certificates import Role, load_certificate
 from consilium_common.wire import methods
 from consilium_common.wire.statements import approval_statement, check_signed
 from consilium_server.benching import Benches
@@ -137,6 +137,7 @@ class SiteServices:
             peer.member.signer_pem,
             self.issuer.trust,
             name=peer.name,
+            role=Role.SIGNER,
         )
         with self.registry.transaction() as session:
             session.merge(
