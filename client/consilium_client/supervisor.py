@@ -79,11 +79,21 @@ async def serve(home: SiteHome, say: Callable[[str], None]) -> None:
             run=home.run,
         )
 
+        served = 0
+
         async def forget_tasks() -> None:
-            # A SuperNode waits a minute for a task whose executor has died, and takes no other.
-            # A new one is another session: the site is asked anew, within the round.
-            if executor.restarts and executor.status != SUPERNODE_LOST:
+            # A SuperNode waits a minute for a task whose executor has died, and without end for
+            # the rest of a reply that has come in part; it takes no other meanwhile. A new one is
+            # another session: the site is asked anew, within the round. An executor that has lost
+            # its SuperNode needs none, unless it lives: a clock that is set ends a task as well.
+            nonlocal served
+            if executor.restarts and (
+                executor.status != SUPERNODE_LOST or supernode.restarts == served
+            ):
+                served = supernode.restarts + supernode.alive
                 supernode.kill()
+            else:
+                served = supernode.restarts
 
         executor = Child(
             "executor",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -193,6 +194,26 @@ def test_a_running_site_approves_by_policy_within_its_bounds_and_no_further(
         assert federation.show(beyond)["approvals"] == []
     finally:
         site.set_policy()
+
+
+def test_an_executor_that_gives_up_a_living_supernode_is_asked_anew_at_once(
+    federation: Federation,
+) -> None:
+    site = federation.sites[NAMES[0]]
+    assert site.running is not None
+    parts = {"training": {"steps_per_round": 60}, "federation": {"rounds": 2, "quorum": 1}}
+    digest = _begun(federation, [site.name], small_study("given-up", **parts))
+    wait_for(lambda: site.progress(digest).get("step"), "the first steps")
+    (executor,) = (
+        pid
+        for pid, command in site.running.processes().items()
+        if "consilium_client.executor" in command
+    )
+    os.kill(executor, signal.SIGINT)  # as Flower does when a task's heartbeat is refused
+    site.running.wait_until_says("executor ended with status 3")
+    # By itself the SuperNode would wait a minute for the task, and take no other.
+    federation.wait_until(digest, lambda data: bool(data["rounds"]), "a round", timeout=45)
+    assert federation.study("watch", digest).data["state"] == "finished"
 
 
 @contextlib.contextmanager
