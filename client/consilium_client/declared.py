@@ -26,8 +26,9 @@ from consilium_common.wire.proxy import without_proxies
 
 #: Importing torch from a slow disk takes a while; nothing takes this long.
 _SECONDS: Final = 300.0
-#: Studies come in bunches: at a site's start, and when several are approved.
-_IDLE_SECONDS: Final = 60.0
+#: Studies come in bunches: at a site's start, and when several are approved by a person who reads
+#: each of them first.
+_IDLE_SECONDS: Final = 300.0
 
 
 @dataclass(frozen=True)

@@ -409,9 +409,17 @@ class Federation:
         return data
 
     def wait_until(
-        self, digest: str, holds: Callable[[dict[str, Any]], bool], what: str, timeout: float = 90.0
+        self,
+        digest: str,
+        holds: Callable[[dict[str, Any]], bool],
+        what: str,
+        timeout: float = 90.0,
+        pause: float = 0.4,
     ) -> dict[str, Any]:
-        """Wait until ``holds`` is true of the study; fails at once when the study has failed."""
+        """Wait until ``holds`` is true of the study; fails at once when the study has failed.
+
+        Each look is a command: a shorter ``pause`` takes the processor from what is waited for.
+        """
 
         def look() -> dict[str, Any] | None:
             data = self.show(digest)
@@ -420,7 +428,7 @@ class Federation:
             assert data["state"] != "failed", data["reason"]
             return None
 
-        return wait_for(look, what, timeout=timeout)
+        return wait_for(look, what, timeout=timeout, pause=pause)
 
     def run_to_end(self, study: Mapping[str, Any], *, timeout: float = 120.0) -> dict[str, Any]:
         """Propose, have all hospitals approve, run and watch a study; return its last state."""

@@ -28,13 +28,13 @@ def test_a_simulated_study_ends_in_the_networks_model_bit_for_bit(
         "compression": {"encoding": "int8", "level": 1},
         # All sites in all rounds: on a machine with much to do one may be thought away for a while.
         "quorum": len(NAMES),
-        "rounds": 5,
+        "rounds": 8,
     }
     study = small_study("simulated", federation=federated)
     digest = federation.propose(study)
     federation.approve(digest)
     federation.study("run", digest).data  # noqa: B018
-    federation.wait_until(digest, lambda data: bool(data["rounds"]), "the first round")
+    federation.wait_until(digest, lambda data: bool(data["rounds"]), "a round", pause=0.1)
     federation.kill()
     federation.start()
     found = federation.wait_until(
