@@ -178,7 +178,7 @@ def _children(pid: int) -> list[int]:
 
 def _kind(pid: int) -> str:
     line = _read(pid, "cmdline").replace("\0", " ")
-    if "superlink" in line:
+    if "flower-superlink" in line:
         return "superlink"
     if "consilium_server.networks" in line:
         return "network child"  # lives for the seconds in which a study begins
@@ -331,6 +331,8 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[str, Any] = {}
     for name in ("study", "idle"):
+        if options.folder is not None:
+            options.folder.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=options.folder))
         try:
             if name == "study" and options.sites:
