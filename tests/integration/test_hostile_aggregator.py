@@ -95,9 +95,12 @@ def test_a_foreign_bundle_is_refused_under_its_own_hash_and_under_ours(scene: Sc
         ):
             scene.aggregator.send_bundle(run_id, claimed, content)
             assert scene.refused("train", run_id=run_id) == "run.foreign-bundle"
-    assert scene.site.running is not None
+    running = scene.site.running
+    assert running is not None
     said = "the link refused GetFab: [run.foreign-bundle] The aggregator sent code that is not this"
-    assert scene.site.running.output.count(said) == 4
+    # The reply may be here before the site has said why.
+    wait_for(lambda: running.output.count(said) >= 4, "the refusals", timeout=10)
+    assert running.output.count(said) == 4
 
 
 # --- studies -------------------------------------------------------------------------------------
