@@ -203,7 +203,7 @@ def log_of(consortium: Federation) -> str:
 @pytest.fixture(scope="module")
 def found(consortium: Federation, hostile: Hostile) -> dict[str, Any]:
     """A study to its end, in each round of which the hostile member does something else."""
-    federation = {"rounds": len(ROUNDS), "quorum": 1, "deadline_seconds": 40.0}
+    federation = {"rounds": len(ROUNDS), "quorum": 1, "deadline_seconds": 25.0}
     digest = consortium.propose(
         small_study("besieged", federation=federation, evaluation={"release": "none"})
     )
@@ -221,7 +221,7 @@ def found(consortium: Federation, hostile: Hostile) -> dict[str, Any]:
             give_up(hostile, task)
         return consortium.show(digest)["state"] != "running"
 
-    wait_for(serve, "the study's end", timeout=280)
+    wait_for(serve, "the study's end", timeout=280, pause=0.3)
     return consortium.show(digest)
 
 
