@@ -48,7 +48,7 @@ STRATEGIES: Final[dict[str, dict[str, Any]]] = {
     "fedavg": {"name": "fedavg"},
     "fedprox": {"name": "fedprox", "mu": 0.1},
     "scaffold": {"name": "scaffold"},
-    "fedadam": {"name": "fedadam"},
+    "fedadam": {"name": "fedadam", "server_learning_rate": 0.3, "tau": 0.03},
     "ditto": {"name": "ditto", "pull": 0.1},
     "fedbn": {"name": "fedbn"},
 }
