@@ -34,6 +34,9 @@ _FIRST_PAUSE: Final = 0.2
 _LONGEST_PAUSE: Final = 3.0
 #: A stream in which nothing moves for so long is given up, and begun anew.
 _STALLED_SECONDS: Final = 60.0
+#: But for its beginning: the aggregator moves so many models at a time, and the others wait there
+#: in the order they came. A line that is dead is noticed by its keep-alives.
+_QUEUED_SECONDS: Final = 600.0
 #: It is asked so often whether the site still takes part.
 _STILL_SECONDS: Final = 0.5
 
@@ -139,8 +142,10 @@ class Transfers:
                 async with self._connection.stream(SITE_FETCH) as call:
                     await call.write(canonical_json(asked))
                     await call.done_writing()
+                    patience = _QUEUED_SECONDS
                     while held < model.bytes:
-                        piece = await _next(call)
+                        piece = await _next(call, patience)
+                        patience = _STALLED_SECONDS
                         if piece is grpc.aio.EOF or held + len(piece) > model.bytes:
                             break
                         await asyncio.to_thread(_keep, file, seen, piece)
@@ -163,7 +168,7 @@ class Transfers:
         announced = {"study": study, "sha256": update.sha256, "bytes": update.bytes}
         async with self._connection.stream(SITE_DELIVER) as call:
             await call.write(canonical_json(announced))
-            held = _held(await _next(call))
+            held = _held(await _next(call, _QUEUED_SECONDS))
             while held < update.bytes:
                 if time.monotonic() - asked_at > _STILL_SECONDS:
                     await asyncio.to_thread(still)
@@ -172,7 +177,7 @@ class Transfers:
                 await _write(call, piece)
                 held += len(piece)
             await call.done_writing()
-            _held(await _next(call))
+            _held(await _next(call, _STALLED_SECONDS))
 
 
 async def _until_done(work: Callable[[], Awaitable[None]]) -> None:
@@ -211,8 +216,8 @@ def _keep(file: Any, seen: Any, piece: bytes) -> None:
     seen.update(piece)
 
 
-async def _next(call: Any) -> Any:
-    async with asyncio.timeout(_STALLED_SECONDS):
+async def _next(call: Any, patience: float) -> Any:
+    async with asyncio.timeout(patience):
         return await call.read()
 
 

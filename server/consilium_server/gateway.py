@@ -40,8 +40,10 @@ from consilium_server.flower_private import (
 )
 from consilium_server.handed import HandedOut
 from consilium_server.limits import Allowances, Call, Limits, Meter
+from consilium_server.lines import MeteredLine
 from consilium_server.outliving import Outliving
 from consilium_server.peers import Doorkeeper, Peer, while_admitted
+from consilium_server.places import Places
 from consilium_server.presenting import Presented
 from consilium_server.transfers import Stream
 
@@ -100,6 +102,7 @@ class Gateway:
         self._streams = dict(streams)
         self._limits = limits or Limits()
         self._meter = Meter(self._limits)
+        self._places = Places(self._limits.transfers)
         self._allowances = Allowances(self._limits)
         self._handed = HandedOut()
         self._server: grpc.aio.Server | None = None
@@ -209,8 +212,7 @@ class Gateway:
                         return self._admit(context, roles, method)
 
                     peer = admit()
-                    await place.expect_stream()
-                    line = _Line(context, place, self._limits.body_seconds)
+                    line = MeteredLine(context, place, self._places, who, self._limits.body_seconds)
                     await while_admitted(stream(peer, line), admit)
             except ConsiliumError as error:
                 await _refuse(context, who, error)
@@ -283,32 +285,6 @@ class Gateway:
             return self._door.admit(context, roles, method)
         except ConsiliumError as error:
             raise _at_the_door(error) from error
-
-
-class _Line:
-    """A stream of one caller: each message is timed and counted."""
-
-    def __init__(self, context: grpc.aio.ServicerContext, place: Call, seconds: float) -> None:
-        self._context, self._place, self._seconds = context, place, seconds
-
-    async def read(self) -> bytes | None:
-        await self._place.wait_for_debt()
-        message = await self._timed(self._context.read())
-        if message is grpc.aio.EOF:
-            return None
-        assert isinstance(message, bytes)
-        self._place.took_piece(len(message))
-        return message
-
-    async def write(self, message: bytes) -> None:
-        await self._timed(self._context.write(message))
-
-    async def _timed(self, work: Awaitable[Any]) -> Any:
-        try:
-            async with asyncio.timeout(self._seconds):
-                return await work
-        except TimeoutError:
-            raise ConsiliumError("network.slow", "The stream has come to a stop.") from None
 
 
 class _DoorError(ConsiliumError):

@@ -51,6 +51,7 @@ class Limits(BaseModel):
     upload_burst_bytes: Annotated[int, Field(ge=MAX_MESSAGE_BYTES)] = 1024 * _MIB
     caller_bytes_in_flight: Annotated[int, Field(ge=2 * MAX_MESSAGE_BYTES)] = 64 * _MIB
     bytes_in_flight: Annotated[int, Field(ge=2 * MAX_MESSAGE_BYTES)] = 1024 * _MIB  #: of all
+    transfers: _Count = 64  #: models on their way at a time, of all; others wait for their turn
     small_message_bytes: Annotated[int, Field(ge=4096)] = 256 * 1024  #: heartbeats and the like
     reply_bytes: Annotated[int, Field(ge=64 * 1024)] = 2 * _MIB  #: to one message; updates apart
     enrolments_per_minute: _Seconds = 20.0  #: of one invitation

@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from io import FileIO
 from typing import Any, Final, Protocol, TypeVar
 
@@ -39,6 +40,12 @@ class Line(Protocol):
 
     async def write(self, message: bytes) -> None:
         """Send a message; waits until the caller takes it."""
+
+    def moving(self) -> AbstractAsyncContextManager[None]:
+        """Wait for one of the places of those that move a model, and hold it.
+
+        Within, ``read`` and ``write`` raise ``network.busy`` when it is the turn of others.
+        """
 
 
 Stream = Callable[[Peer, Line], Awaitable[None]]
@@ -89,8 +96,9 @@ class Transfers:
         # Opened once: replaced or removed meanwhile, it is still the same file.
         with path.open("rb", buffering=0) as stream:
             stream.seek(offset)
-            while await self._in_turn(self._send, stream, line):
-                pass
+            async with line.moving():
+                while await self._in_turn(self._send, stream, line):
+                    pass
 
     async def _send(self, stream: FileIO, line: Line) -> bool:
         # Read in its turn only: whoever waits for one holds no piece in memory.
@@ -134,13 +142,14 @@ class Transfers:
         # Known before it is opened: of several lines at once, the last alone goes on.
         arriving = self._arriving[key] = files.arriving(site, reference)
         try:
-            await self._apart(arriving.open)
-            await line.write(canonical_json({"held": arriving.held}))
-            while arriving.held < reference.bytes:
-                piece = await self._in_turn(line.read)
-                if piece is None:
-                    raise ConsiliumError("network.garbage", "The update ends before its end.")
-                await self._apart(arriving.write, piece)
+            async with line.moving():  # the site sends nothing before it is told from where
+                await self._apart(arriving.open)
+                await line.write(canonical_json({"held": arriving.held}))
+                while arriving.held < reference.bytes:
+                    piece = await self._in_turn(line.read)
+                    if piece is None:
+                        raise ConsiliumError("network.garbage", "The update ends before its end.")
+                    await self._apart(arriving.write, piece)
             await self._apart(arriving.finish)
         finally:
             arriving.close()

@@ -39,27 +39,31 @@ class JoinedSite:
 
 
 def joined_site(
-    folder: Path, *, address: str = "127.0.0.1:1", authority: Authority | None = None
+    folder: Path,
+    *,
+    address: str = "127.0.0.1:1",
+    authority: Authority | None = None,
+    name: str = NAME,
 ) -> JoinedSite:
     """Return a site with the files that `site join` writes."""
     authority = authority or Authority.create("tests")
     home = SiteHome.create(folder)
     key, signer = new_tls_key(), new_signing_key()
-    certificate = authority.issue(key.public_key(), Role.SITE, NAME)
-    certified_signer = authority.issue(signer.public_key(), Role.SIGNER, NAME)
+    certificate = authority.issue(key.public_key(), Role.SITE, name)
+    certified_signer = authority.issue(signer.public_key(), Role.SIGNER, name)
     save_private(home.identity / "site-key.pem", key)
     save_private(home.identity / "ledger-key.pem", signer)
-    for name, content in (
+    for file, content in (
         ("site-key.openssh", openssh_pem(key)),
         ("authority.pem", certificate_pem(authority.certificate)),
         ("site.pem", certificate_pem(certificate)),
         ("ledger-signer.pem", certificate_pem(certified_signer)),
         ("ledger-public.pem", public_pem(signer.public_key())),
     ):
-        write_atomic(home.identity / name, content)
+        write_atomic(home.identity / file, content)
     # A key drawn at random would now and then leave nobody to test on.
     write_atomic(home.identity / "patient_key", bytes(range(32)))
-    config = {"name": NAME, "consortium": "tests", "address": address}
+    config = {"name": name, "consortium": "tests", "address": address}
     home.config.write_text(json.dumps(config))
     return JoinedSite(home, SiteIdentity.load(home), authority, key, signer)
 

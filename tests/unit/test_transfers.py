@@ -173,11 +173,18 @@ def test_a_link_that_was_killed_goes_on_where_its_predecessor_was(
         assert port.files.delivered(NAME, update).read_bytes() == HUGE
 
 
+@pytest.mark.parametrize(
+    ("bound", "pieces"), [("_QUEUED_SECONDS", []), ("_STALLED_SECONDS", [LARGE[:MIB]])]
+)
 def test_a_line_in_which_nothing_moves_is_given_up_and_is_no_fault_of_the_disk(
-    port: Port, hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+    bound: str,
+    pieces: list[bytes],
+    port: Port,
+    hospital: Hospital,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = port.offer(LARGE)
-    monkeypatch.setattr(site_side, "_STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(site_side, bound, 0.3)
     first = True
 
     async def scenario() -> None:
@@ -187,10 +194,14 @@ def test_a_line_in_which_nothing_moves_is_given_up_and_is_no_fault_of_the_disk(
             def stream(method: str) -> Any:
                 nonlocal first
                 first, silent = False, first
-                return _Silent() if silent else opened(method)
+                return _Silent(pieces) if silent else opened(method)
 
             connection.stream = stream  # type: ignore[assignment]
+            began = time.monotonic()
             await fetched(transfers, model)
+            assert time.monotonic() - began < 10
+            (moved,) = connection.of(SITE_FETCH)
+            assert moved.first["offset"] == sum(map(len, pieces))
 
     run(scenario)
     assert not first
@@ -198,7 +209,10 @@ def test_a_line_in_which_nothing_moves_is_given_up_and_is_no_fault_of_the_disk(
 
 
 class _Silent:
-    """A stream that takes everything and never answers."""
+    """A stream that takes everything, answers with some pieces, and then no more."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = iter(pieces)
 
     async def __aenter__(self) -> _Silent:
         return self
@@ -213,6 +227,8 @@ class _Silent:
         """Take it."""
 
     async def read(self) -> bytes:
+        for piece in self._pieces:
+            return piece
         await asyncio.sleep(30)
         return b""
 

@@ -223,12 +223,13 @@ class _CountedCall:
 class Hospital:
     """A site's home, its connection, and its end of the streams."""
 
-    def __init__(self, port: Port, folder: Path, authority: Authority) -> None:
+    def __init__(self, port: Port, folder: Path, authority: Authority, name: str = NAME) -> None:
         address = f"127.0.0.1:{port.port}"
-        self.site = joined_site(folder / "site", address=address, authority=authority)
+        self.site = joined_site(folder / name, address=address, authority=authority, name=name)
+        self.name = name
         self.home = self.site.home
         self.credentials: Credentials = self.site.identity.credentials()
-        port.add(NAME, self.credentials.certificate, STUDY)
+        port.add(name, self.credentials.certificate, STUDY)
         self._port = port
 
     @contextlib.asynccontextmanager
@@ -246,7 +247,7 @@ class Hospital:
         update = reference(content)
         path = self.home.releases / update.sha256
         path.write_bytes(content)
-        self._port.files.expect(NAME, round_index, len(content))
+        self._port.files.expect(self.name, round_index, len(content))
         return update, path
 
 
