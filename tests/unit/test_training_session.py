@@ -69,6 +69,17 @@ def test_federated_rounds_learn_to_classify(multi_label: bool) -> None:
     assert multi_label or probabilities.sum() == pytest.approx(1.0)
 
 
+def test_kernels_that_repeat_exactly_are_asked_for_where_no_noise_is_drawn() -> None:
+    for study, exactly in (
+        (segmentation_study(), True),
+        (segmentation_study(privacy=PRIVATE), False),
+    ):
+        TrainingSession(study, segmentation_cohort(), device="cpu")
+        assert torch.are_deterministic_algorithms_enabled() == exactly
+        # An operation that has no such kernel is not a reason to refuse the study.
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 def test_a_round_without_privacy_can_be_repeated_exactly() -> None:
     study = segmentation_study(augmentation={"flip": 0.5, "noise": 0.1})
     session = TrainingSession(study, segmentation_cohort(), device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,6 +88,22 @@ def choose_compute(study: Study, device: str = "auto", precision: str | None = N
         )
     half = has_bfloat16 and asked != "float32"
     return Compute(name, "bfloat16" if half else "float32", half)
+
+
+def repeat_exactly(exactly: bool) -> None:
+    """Have this process compute the same result each time, or as fast as it can.
+
+    An operation that has no deterministic kernel (on CUDA some of trilinear interpolation and of
+    three-dimensional pooling) runs all the same; PyTorch names it once in a warning.
+    """
+    import torch
+
+    if exactly:
+        # Read when cuBLAS is first used; without it, it is not deterministic.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(exactly, warn_only=True)
+    # Only to find mistakes in kernels: no result of ours depends on memory that nobody wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _device_name(device: str) -> str:

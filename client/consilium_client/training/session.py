@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilium_client.training.cases import Array, Case, PatientCohort, Split
-from consilium_client.training.compute import Compute, choose_compute
+from consilium_client.training.compute import Compute, choose_compute, repeat_exactly
 from consilium_client.training.evaluation import (
     Evaluation,
     evaluate_classification,
@@ -83,6 +83,8 @@ class TrainingSession:
         self.compute: Compute = choose_compute(study, device, precision)
         self._cohort = cohort
         self._privacy = parameters(study)
+        # Where noise is drawn no two runs are alike anyway.
+        repeat_exactly(self._privacy is None)
         network = build_network(study)
         self._engine: Choice | None = None
         if self._privacy is not None:
