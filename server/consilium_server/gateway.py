@@ -38,6 +38,7 @@ from consilium_server.flower_private import (
     node_key_bytes,
     public_key_header,
 )
+from consilium_server.grpc_private import Handler, PortServer
 from consilium_server.handed import HandedOut
 from consilium_server.limits import Allowances, Call, Limits, Meter
 from consilium_server.lines import MeteredLine
@@ -50,7 +51,6 @@ from consilium_server.transfers import Stream
 _log = logging.getLogger(__name__)
 
 Service = Callable[[Peer, dict[str, Any]], Awaitable[Any]]
-_Handler = Callable[[Any, grpc.aio.ServicerContext], Awaitable[None]]
 _Answer = tuple[bytes, tuple[tuple[str, str], ...]]
 
 #: What a refused caller learns, whatever the reason. Its own side can look at its certificate; why
@@ -105,7 +105,7 @@ class Gateway:
         self._places = Places(self._limits.transfers)
         self._allowances = Allowances(self._limits)
         self._handed = HandedOut()
-        self._server: grpc.aio.Server | None = None
+        self._server: PortServer | None = None
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int, identity: Path) -> None:
@@ -121,15 +121,13 @@ class Gateway:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
         if self._server is not None:
-            await self._server.stop(grace)
+            await self._server.shutdown(grace)
 
-    async def _listen(self, address: str, presented: Presented) -> grpc.aio.Server:
-        server = grpc.aio.server(
-            handlers=(_Handlers(self._handlers()),),
-            options=[("grpc.so_reuseport", 0), *self._limits.for_grpc()],
-        )
+    async def _listen(self, address: str, presented: Presented) -> PortServer:
+        options = [("grpc.so_reuseport", 0), *self._limits.for_grpc()]
+        server = PortServer(self._handlers(), self._unknown, options)
         try:
-            bound = server.add_secure_port(address, presented.credentials())
+            bound = server.add_secure_port(address.encode(), presented.credentials())
         except RuntimeError:
             bound = 0
         if not bound:
@@ -143,26 +141,25 @@ class Gateway:
         return server
 
     async def _keep_listening(self, address: str, presented: Presented) -> None:
-        """Listen again when gRPC's server has ended.
+        """Listen again when gRPC's server has ended: of no call that is known, but it is not ours.
 
-        Its loop dies of a call whose path is no text (grpcio 1.80 to 1.85 at least), which any
-        member can send: calls under way end, and everybody connects anew a moment later.
+        Calls under way end then, and everybody connects anew a moment later.
         """
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             before = self._server
-            if before is None or serving(before):
+            if before is None or before.is_running():
                 continue
-            _log.error("gRPC's server ended because of a call that it could not read; again")
-            ending = asyncio.create_task(before.stop(None))
+            _log.error("gRPC's server ended by itself; the port is opened again")
+            ending = asyncio.create_task(before.shutdown(None))
             ending.add_done_callback(_forget)
             try:
                 self._server = await self._listen(address, presented)
             except ConsiliumError as error:
                 _log.error("%s", error)  # its port is not free yet: tried again
 
-    def _handlers(self) -> dict[str, _Handler]:
-        handlers: dict[str, _Handler] = {
+    def _handlers(self) -> dict[str, Handler]:
+        handlers = {
             fleet_method(call): self._handler(fleet_method(call), FLEET_ROLES, self._fleet_call)
             for call in FLEET_PATHS
         }
@@ -177,7 +174,7 @@ class Gateway:
         method: str,
         roles: frozenset[Role],
         answer: Callable[[str, Peer, bytes, grpc.aio.ServicerContext], Awaitable[_Answer]],
-    ) -> _Handler:
+    ) -> Handler:
         call = method.rpartition("/")[2]
 
         async def handle(_: Any, context: grpc.aio.ServicerContext) -> None:
@@ -202,7 +199,7 @@ class Gateway:
 
         return handle
 
-    def _stream_handler(self, method: str, roles: frozenset[Role], stream: Stream) -> _Handler:
+    def _stream_handler(self, method: str, roles: frozenset[Role], stream: Stream) -> Handler:
         async def handle(_: Any, context: grpc.aio.ServicerContext) -> None:
             who, _role = _named(context)
             try:
@@ -218,6 +215,16 @@ class Gateway:
                 await _refuse(context, who, error)
 
         return handle
+
+    async def _unknown(self, context: grpc.aio.ServicerContext) -> None:
+        """End a call of no method of ours; it counts as one, so that asking faster does not pay."""
+        who, _role = _named(context)
+        try:
+            async with self._meter.call(who):
+                _log.warning("refused %s (%s): there is no such call", who, context.peer())
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED)
+        except ConsiliumError as error:
+            await _refuse(context, who, error)
 
     async def _body(self, context: grpc.aio.ServicerContext, place: Call, call: str) -> bytes:
         await place.expect_body()
@@ -297,21 +304,6 @@ def _at_the_door(error: ConsiliumError) -> ConsiliumError:
     return _DoorError(error.code, error.message, where=error.where, hint=error.hint)
 
 
-class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """The allow-list: a method without an entry does not exist."""
-
-    def __init__(self, handlers: Mapping[str, _Handler]) -> None:
-        # Without serialisers gRPC hands over raw bytes. As streams, though each is one message
-        # either way: a handler of a single message is only called when all of it has come.
-        self._handlers = {
-            method: grpc.stream_stream_rpc_method_handler(handler)
-            for method, handler in handlers.items()
-        }
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        return self._handlers.get(handler_call_details.method)
-
-
 def _check_speaks_for_itself(
     peer: Peer, call: str, body: bytes, headers: Mapping[str, str]
 ) -> None:
@@ -327,11 +319,6 @@ def _check_speaks_for_itself(
     )
     if claimed not in own:
         raise ConsiliumError("identity.foreign-node", f"{call} names another node.")
-
-
-def serving(server: grpc.aio.Server) -> bool:
-    """Return whether gRPC's server still takes calls; its public interface does not say."""
-    return bool(server._server.is_running())
 
 
 def _forget(task: asyncio.Task[None]) -> None:

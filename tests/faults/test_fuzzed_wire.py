@@ -307,14 +307,13 @@ def test_a_hundred_thousand_frames_crash_nothing_and_leak_nothing(federation: Fe
     print(
         f"seed {SEED}: {sum(taken.values())} frames taken in {seconds:.0f} s {taken};"
         f" gateway grew {gateway.grown() / 1e6:.1f} MB, link {link.grown() / 1e6:.1f} MB;"
-        f" gRPC's server ended {federation.running.output.count('server ended')} times;"
         f" {len(rows)} rounds of the healthy site, slowest {max(r['seconds'] for r in rows):.2f} s"
     )
     assert sum(taken.values()) >= AT_LEAST
     assert gateway.grown() < MOST_GROWTH
     assert link.grown() < MOST_GROWTH
-    # A path that is no text ends grpcio's serving loop (up to 1.85 at least), and all calls under
-    # way with it; the gateway listens again at once, and rounds go on as if nothing had been.
+    # Paths that are no text are among the frames: a server of grpcio's own would end of one.
+    assert "server ended" not in federation.running.output
     for data in studies.found:
         assert data["state"] == "finished", data["reason"]
         assert [row["number"] for row in data["rounds"]] == list(range(ROUNDS))

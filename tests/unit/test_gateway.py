@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,7 @@ class House:
                 dict.fromkeys(STREAM_ROLES, echo),
                 limits=self.limits,
             )
+            self.gateway = gateway
             await gateway.start("127.0.0.1", self.port, self.folder)
             try:
                 return await asyncio.wait_for(scenario(), 30)
@@ -578,6 +580,23 @@ def test_nothing_is_described_by_reflection(house: House) -> None:
         "/grpc.channelz.v1.Channelz/GetServers",
     ):
         assert house.ask(credentials, method)[0] == "UNIMPLEMENTED"
+
+
+def test_a_server_that_ended_by_itself_is_replaced_and_the_port_answers_again(house: House) -> None:
+    credentials = house.add()
+
+    async def scenario() -> None:
+        assert (await house.call(credentials, SITE_HELLO, b"{}"))[0] == "OK"
+        before = house.gateway._server
+        assert before is not None
+        await before.shutdown(None)
+        end = time.monotonic() + 10
+        while (await house.call(credentials, SITE_HELLO, b"{}"))[0] != "OK":
+            assert time.monotonic() < end
+            await asyncio.sleep(0.05)
+        assert house.gateway._server is not before
+
+    house.run(scenario)
 
 
 def test_a_port_that_is_taken_is_one_clear_error(house: House) -> None:

@@ -103,7 +103,7 @@ def repeat_exactly(exactly: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(exactly, warn_only=True)
     # Only to find mistakes in kernels: no result of ours depends on memory that nobody wrote.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _device_name(device: str) -> str:
