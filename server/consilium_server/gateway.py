@@ -217,14 +217,9 @@ class Gateway:
         return handle
 
     async def _unknown(self, context: grpc.aio.ServicerContext) -> None:
-        """End a call of no method of ours; it counts as one, so that asking faster does not pay."""
-        who, _role = _named(context)
-        try:
-            async with self._meter.call(who):
-                _log.warning("refused %s (%s): there is no such call", who, context.peer())
-                await context.abort(grpc.StatusCode.UNIMPLEMENTED)
-        except ConsiliumError as error:
-            await _refuse(context, who, error)
+        """End a call of no method of ours at once: it holds no place, and nothing of it is read."""
+        _log.warning("refused %s (%s): there is no such call", _named(context)[0], context.peer())
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED)
 
     async def _body(self, context: grpc.aio.ServicerContext, place: Call, call: str) -> bytes:
         await place.expect_body()

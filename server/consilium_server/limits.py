@@ -213,30 +213,32 @@ class Meter:
         return use
 
     async def reserve(self, use: _Use, size: int) -> None:
-        """Count ``size`` bytes as in memory; waits while others fill it, refuses one's own excess.
+        """Count ``size`` bytes as in memory; waits while others, or the caller's own, fill it.
 
         Raises
         ------
         ConsiliumError
-            ``network.too-many-bytes``, ``network.busy``.
+            ``network.too-many-bytes`` when the caller's own share stayed full, ``network.busy``.
         """
-        if use.in_flight + size > self.limits.caller_bytes_in_flight:
-            await self._refuse(use, "network.too-many-bytes", "Too many bytes are under way.")
-        use.in_flight += size
+
+        def own_excess() -> bool:
+            return use.in_flight + size > self.limits.caller_bytes_in_flight
+
         try:
             async with asyncio.timeout(self.limits.body_seconds):
-                while self._in_flight + size > self.limits.bytes_in_flight:
+                # A site that makes a dozen calls at once does no wrong: what is not read yet stays
+                # with it, and its calls are counted.
+                while own_excess() or self._in_flight + size > self.limits.bytes_in_flight:
                     self._freed.clear()
                     await self._freed.wait()
         except TimeoutError:
-            use.in_flight -= size
-            raise ConsiliumError(
-                "network.busy", "The aggregator is busy.", hint="Try again in a while."
-            ) from None
-        except BaseException:
-            use.in_flight -= size
-            raise
-        self._in_flight += size
+            code, message = (
+                ("network.too-many-bytes", "Too many bytes of this caller are under way.")
+                if own_excess()
+                else ("network.busy", "The aggregator is busy.")
+            )
+            raise ConsiliumError(code, message, hint="Try again in a while.") from None
+        self.change(use, size)
 
     def change(self, use: _Use, size: int) -> None:
         """Count more bytes as in memory without waiting, or with a negative ``size`` fewer."""

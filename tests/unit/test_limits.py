@@ -107,7 +107,8 @@ def test_an_invitation_may_be_tried_a_few_times_a_minute_only() -> None:
 
 def test_unread_bodies_of_one_caller_fill_its_own_share_alone() -> None:
     async def scenario() -> None:
-        meter = Meter(Limits(caller_bytes_in_flight=2 * MAX_MESSAGE_BYTES))
+        limits = Limits(caller_bytes_in_flight=2 * MAX_MESSAGE_BYTES, body_seconds=0.02)
+        meter = Meter(limits)
         async with meter.call("a") as first, meter.call("a") as second, meter.call("a") as third:
             await first.expect_body()
             await second.expect_body()
@@ -116,9 +117,12 @@ def test_unread_bodies_of_one_caller_fill_its_own_share_alone() -> None:
             assert caught.value.code == "network.too-many-bytes"
             async with meter.call("b") as other:
                 await other.expect_body()
+            waiting = asyncio.create_task(third.expect_body())  # a dozen calls at once are no fault
+            await asyncio.sleep(0)
+            assert not waiting.done()
             first.took_body(100, "SendNodeHeartbeat")
             second.took_body(100, "SendNodeHeartbeat")
-            await third.expect_body()
+            await asyncio.wait_for(waiting, 1)
         async with meter.call("a") as last, meter.call("a") as one_more:
             await last.expect_body()
             await one_more.expect_body()  # all was given back
@@ -180,7 +184,7 @@ def test_a_fleet_call_as_large_as_a_piece_of_starting_weights_is_refused() -> No
 
 def test_a_stream_s_piece_has_a_size_and_the_stream_room_for_two_for_as_long_as_it_lasts() -> None:
     async def scenario() -> None:
-        limits = Limits(caller_bytes_in_flight=2 * MAX_MESSAGE_BYTES)
+        limits = Limits(caller_bytes_in_flight=2 * MAX_MESSAGE_BYTES, body_seconds=0.02)
         meter = Meter(limits)
         async with AsyncExitStack() as stack:
             for _ in range(2 * MAX_MESSAGE_BYTES // (2 * CHUNK_BYTES)):
