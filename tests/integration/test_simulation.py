@@ -28,7 +28,7 @@ def test_a_simulated_study_ends_in_the_networks_model_bit_for_bit(
         "compression": {"encoding": "int8", "level": 1},
         # All sites in all rounds: on a machine with much to do one may be thought away for a while.
         "quorum": len(NAMES),
-        "rounds": 8,
+        "rounds": 5,
     }
     study = small_study("simulated", federation=federated)
     digest = federation.propose(study)

@@ -84,7 +84,10 @@ class ConnectProxy:
     def _serve(self, client: socket.socket) -> None:
         head = b""
         while b"\r\n\r\n" not in head:
-            head += client.recv(4096)
+            piece = client.recv(4096)
+            if not piece:
+                return  # it only looked whether somebody listens
+            head += piece
         first, *headers = head.decode().split("\r\n")
         self.asked.append(first)
         given = [line.partition(": ")[2] for line in headers if line.startswith("Proxy-Auth")]

@@ -123,7 +123,10 @@ def connect_proxy(status: str = "200 fine") -> Iterator[tuple[str, list[str]]]:
     def answer(connection: socket.socket) -> None:
         head = b""
         while not head.endswith(b"\r\n\r\n"):
-            head += connection.recv(1)
+            one = connection.recv(1)
+            if not one:
+                return  # it only looked whether somebody listens
+            head += one
         heads.append(head.decode())
         connection.sendall(f"HTTP/1.1 {status}\r\n\r\n".encode())
         if not status.startswith("200"):
