@@ -12,8 +12,9 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from consilium_client.connection import Connection
 from consilium_client.home import SiteHome
@@ -28,6 +29,9 @@ from consilium_common.wire.tls13 import grpc
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+#: A piece is read, or hashed and written, in one of them.
+_DISK_THREADS: Final = 2
 _PART: Final = ".part"
 #: Pauses before a broken stream is tried again, in seconds.
 _FIRST_PAUSE: Final = 0.2
@@ -57,6 +61,8 @@ class Transfers:
         self._connection = connection
         self.received = Received(home)
         self._tasks: dict[tuple[str, str, str], asyncio.Task[None]] = {}
+        # Of their own, and few: each thread that has held a piece keeps some memory of it.
+        self._disk = ThreadPoolExecutor(_DISK_THREADS, "transfers")
 
     def fetch(self, study: str, model: Reference, require_fitting: Callable[[], None]) -> None:
         """Begin to fetch a model, unless it is here or on its way.
@@ -105,6 +111,10 @@ class Transfers:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._disk.shutdown(wait=False)
+
+    async def _apart(self, do: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, do, *arguments)
 
     def _begin(self, key: tuple[str, str, str], work: Callable[[], Any]) -> asyncio.Task[None]:
         for other, ended in list(self._tasks.items()):
@@ -118,7 +128,7 @@ class Transfers:
     async def _send(
         self, study: str, update: Reference, path: Path, still: Callable[[], None]
     ) -> None:
-        sealed = await asyncio.to_thread(Sealed, path, update)
+        sealed = await self._apart(Sealed, path, update)
         await _until_done(lambda: self._deliver(study, update, sealed, still))
 
     async def _fetch(
@@ -136,7 +146,7 @@ class Transfers:
         part = path.with_name(path.name + _PART)
         try:
             with part.open("a+b", buffering=0) as file:
-                seen = await asyncio.to_thread(_digest_so_far, file)
+                seen = await self._apart(_digest_so_far, file)
                 held = file.tell()
                 asked = {"study": study, "sha256": model.sha256, "offset": held}
                 async with self._connection.stream(SITE_FETCH) as call:
@@ -148,7 +158,7 @@ class Transfers:
                         patience = _STALLED_SECONDS
                         if piece is grpc.aio.EOF or held + len(piece) > model.bytes:
                             break
-                        await asyncio.to_thread(_keep, file, seen, piece)
+                        await self._apart(_keep, file, seen, piece)
                         held += len(piece)
             if held != model.bytes or seen.hexdigest() != model.sha256:
                 part.unlink(missing_ok=True)
@@ -173,7 +183,7 @@ class Transfers:
                 if time.monotonic() - asked_at > _STILL_SECONDS:
                     await asyncio.to_thread(still)
                     asked_at = time.monotonic()
-                piece = await asyncio.to_thread(sealed.piece, held)
+                piece = await self._apart(sealed.piece, held)
                 await _write(call, piece)
                 held += len(piece)
             await call.done_writing()
