@@ -203,8 +203,8 @@ def test_a_path_that_is_no_text_is_refused_by_name_and_disturbs_nobody(
                     time.sleep(0.05)
     running = federation.running
     assert running is not None
-    wait_for(lambda: running.output.count("site hostile") and "no such call" in running.output,
-             "the refusal in the log")  # fmt: skip
+    refusal = re.compile(r"refused site hostile \(\S+\): there is no such call")
+    wait_for(lambda: len(refusal.findall(running.output)) == 3, "the refusals in the log")
     assert "gRPC's server ended" not in running.output
     assert not running.ended()
 

@@ -124,6 +124,15 @@ def test_a_place_is_kept_for_as_long_as_nobody_waits_and_a_minute_when_somebody_
 # --- over the real port -------------------------------------------------------------------------
 
 
+def _one_place(folder: Path, limits: Limits) -> tuple[Port, Hospital, Hospital, Reference]:
+    """Return a port that moves one model at a time, two sites, and a model on offer."""
+    port = Port(folder)
+    port.limits = limits
+    authority = port.found()
+    north, south = (Hospital(port, folder, authority, name) for name in ("north", "south"))
+    return port, north, south, port.offer(LARGE)
+
+
 def _move(
     hospital: Hospital, model: Reference, method: str, number: int
 ) -> Callable[[Any], Awaitable[object]]:
@@ -138,11 +147,7 @@ def test_a_slow_line_lets_those_that_wait_pass_and_goes_on_where_it_was(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(places_module, "_KEPT_SECONDS", 0.3)
-    port = Port(tmp_path)
-    port.limits = Limits(transfers=1)
-    authority = port.found()
-    slow, quick = (Hospital(port, tmp_path, authority, name) for name in ("north", "south"))
-    model = port.offer(LARGE)
+    port, slow, quick, model = _one_place(tmp_path, Limits(transfers=1))
     moves = [_move(slow, model, method, 0), _move(quick, model, method, 0)]
     begun, passed = asyncio.Event(), asyncio.Event()
 
@@ -180,11 +185,7 @@ def test_a_slow_line_lets_those_that_wait_pass_and_goes_on_where_it_was(
 
 
 def test_a_line_that_stands_still_loses_its_place(tmp_path: Path) -> None:
-    port = Port(tmp_path)
-    port.limits = Limits(transfers=1, body_seconds=1.0)
-    authority = port.found()
-    still, quick = (Hospital(port, tmp_path, authority, name) for name in ("north", "south"))
-    model = port.offer(LARGE)
+    port, still, quick, model = _one_place(tmp_path, Limits(transfers=1, body_seconds=1.0))
     begun, passed = asyncio.Event(), asyncio.Event()
 
     async def stand(*_: object) -> None:
